@@ -1,0 +1,1271 @@
+# SPDX-License-Identifier: MIT
+"""Skill-SD in one file: skill-conditioned self-distillation for multi-turn LLM agents.
+
+A reference implementation, written from the paper, to be read beside it:
+    Skill-SD, arXiv 2604.10674, https://arxiv.org/abs/2604.10674
+
+A student plays tasks over many turns with a plain prompt. Each finished trajectory can be written
+up as a short skill. A UCB bandit picks one skill per task; only the teacher - the same network,
+synchronised every iteration - reads it, and re-scores the tokens that the student sampled. The
+student is trained by GRPO's reward loss plus an importance-weighted reverse KL to that teacher.
+
+    symbol          here            meaning
+    x               task            the plain task prompt: system prompt and first observation
+    S(x), B(x)      skill, bank     the skill picked for this task, and all skills of this task
+    y_t, y_<t       ids             sampled action tokens; all that stands before them
+    theta           student         the trained weights; theta_old: the same, when sampling
+    theta-bar       teacher         the weights that read the skill
+    tau_i, i<=G     trajectory      one of `group_size` rollouts of a task
+    R_i, A_i        reward, adv     completion in [0, 1]; group-relative advantage
+    l_it            log_ratio       log-prob of y_t: student's minus teacher's
+    rho_it          rho             prob of y_t: student's over (stopped) theta_old's
+    N               n_tokens        all valid action tokens of the batch
+
+    in the paper                        in this file             checked by (test_skill_sd.py)
+    skill fields, Analyze(tau, x)       Skill, SUMMARIZER_PROMPT test_parse_skill_*
+    UCB retrieval                       SkillBank.select         test_ucb_by_hand
+    pi(.|x), pi(.|x + S(x))             Chat.prompt              test_teacher_sees_skill_only
+    group advantage, GRPO loss          group_advantages, grpo_loss   test_advantages_*, test_grpo_*
+    SDL, Eq. 10-13                      sdl_loss                 test_sdl_*
+    total loss, Eq. 14                  update                   test_update_*
+    dynamic synchronisation             sync_teacher             test_sync_teacher
+    the algorithm                       train                    test_every_method_trains
+
+    python skill_sd.py                          the demo: warm start, train, table   (about 8 minutes)
+    python skill_sd.py --method all --seeds 5   every method and ablation, one table
+    python skill_sd.py --eval runs/NAME         play the held-out levels with a finished student
+    python skill_sd.py --show-prompts           student's and teacher's tokens, side by side
+
+Deviations from the paper are marked DEVIATION, values the paper does not give CHOICE; the README
+collects both.
+"""
+import argparse
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import sokoban_env
+
+
+# =============================================================================================
+# Configuration
+# =============================================================================================
+
+@dataclass
+class Config:
+    """Every setting and its default. The command line is made from this: --lam 0.001, --max-turns 40."""
+    method: str = "skill_sd"         # a row of METHODS, or `all`
+    seed: int = 0                    # of training levels, warm start, sampling
+    seeds: int = 1                   # how many seeds to run, from `seed` on
+    out: str = "runs"                # folder for runs and cached warm starts
+    name: str = ""                   # name of the run's folder in it; empty: METHOD-seedN
+    device: str = "auto"             # auto, cpu, cuda, mps
+    threads: int = 0                 # CPU threads; 0: as torch likes
+
+    # -- the method
+    group_size: int = 8              # G, rollouts per task                             CHOICE
+    tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
+    iterations: int = 60             # iterations; the paper runs 180 on Sokoban
+    updates_per_iteration: int = 1   # optimiser steps on each batch                    CHOICE
+    reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
+    lam: float = 0.1                 # lambda, weight of SDL; the paper's best is 0.001 CHOICE
+    skill_reader: str = "teacher"    # who sees the skill while training: teacher, student, nobody
+    sync_every: int = 1              # iterations between teacher synchronisations; 0: never
+    actor: str = "student"           # who samples the tokens: student, or teacher with its skill
+    clip_low: float = 0.2            # eps_l                                            CHOICE
+    clip_high: float = 0.28          # eps_h                                            CHOICE
+    adv_eps: float = 1e-6            # added to the group's standard deviation          CHOICE
+    lr: float = 3e-4                 # AdamW; 1e-6 is usual for billions of weights     CHOICE
+    max_grad_norm: float = 1.0       # gradients are clipped to this norm               CHOICE
+    temperature: float = 1.0         # of sampling and of scoring alike                 CHOICE
+
+    # -- skills
+    summarizer: str = "auto"         # rules, self; auto: rules for the embedded model, else self
+    ucb_c: float = 1.0               # c, weight of exploration in UCB                  CHOICE
+    bank_size: int = 4               # skills kept per task                             CHOICE
+    max_skill_tokens: int = 256      # a skill longer than this is cut in the prompt    CHOICE
+    summary_tokens: int = 400        # answer length of a summarizing language model    CHOICE
+
+    # -- the world
+    size: int = 6                    # room size, walls included, as in the paper
+    boxes: int = 2                   # boxes per room, as in the paper
+    min_moves: int = 4               # shortest optimal solution                        CHOICE
+    max_moves: int = 12              # longest optimal solution                         CHOICE
+    max_turns: int = 16              # moves per episode; the paper allows 40
+    train_levels: int = 96           # training levels, as in the paper
+    test_levels: int = 512           # held-out levels; the paper uses 64
+    level_seed: int = 0              # of the validation and test levels
+    save_every: int = 20             # iterations between checkpoints
+    split: str = "test"              # levels for the table: test, or val while tuning
+    curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
+
+    # -- the model
+    model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
+    max_new_tokens: int = 4          # longest answer per turn, in tokens               CHOICE
+    max_context: int = 1024          # longest conversation, in tokens; longer ones are truncated
+    rollout_batch: int = 512         # conversations played at once while evaluating
+    micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
+
+    # -- warm start of the embedded model (tuned on validation levels)
+    warm_demos: int = 25600          # demonstrations
+    warm_batch: int = 32             # demonstrations per step
+    warm_lr: float = 3e-3            # peak learning rate
+    warm_noise: float = 0.4          # share of each target spread over all moves, plain prompt
+    warm_noise_skill: float = 0.1    # the same when a skill is shown
+
+
+# Methods differ by settings alone; one loop runs them all. What the command line names wins.
+METHODS = {
+    "skill_sd": {},
+    "grpo": dict(lam=0.0, skill_reader="nobody"),
+    "opd": dict(reward_weight=0.0, lam=1.0),                       # SDL alone, no reward
+    "skill_grpo": dict(lam=0.0, skill_reader="student"),           # skill in the student's prompt
+    "frozen": dict(sync_every=0),                                  # ablations: on-policy, frozen
+    "off_policy_frozen": dict(actor="teacher", sync_every=0),
+    "off_policy": dict(actor="teacher"),
+}
+
+
+def check(cfg):
+    """ValueError naming the field, the value and what would be right."""
+    choices = dict(method=[*METHODS, "all"], skill_reader=["teacher", "student", "nobody"],
+                   actor=["student", "teacher"], split=["test", "val"],
+                   summarizer=["auto", "rules", "self"])
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"{name}={getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
+    positive = ("save_every seeds group_size tasks_per_iteration updates_per_iteration temperature lr max_grad_norm "
+                "adv_eps bank_size max_turns train_levels test_levels max_new_tokens max_context "
+                "rollout_batch micro_batch_tokens warm_batch summary_tokens").split()
+    for name in (f.name for f in dataclasses.fields(cfg)):
+        value = getattr(cfg, name)
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value}: must be a finite number, 0 or more")
+        if name in positive and not value:
+            raise ValueError(f"{name}={value}: must be above 0")
+    if cfg.group_size < 2 and cfg.reward_weight:
+        raise ValueError(f"group_size={cfg.group_size}: the advantage of one rollout alone is always 0; "
+                         "use 2 or more")
+    if cfg.tasks_per_iteration > cfg.train_levels:
+        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: at most train_levels="
+                         f"{cfg.train_levels}")
+    if cfg.actor == "teacher" and cfg.skill_reader != "teacher":
+        raise ValueError(f"actor={cfg.actor!r} with skill_reader={cfg.skill_reader!r}: a teacher that "
+                         "acts must be the one that reads the skill")
+    if not cfg.reward_weight and not cfg.lam:
+        raise ValueError("reward_weight=0 with lam=0: nothing would be learned; set one of them")
+    return cfg
+
+
+def derived_seed(*parts):
+    """A 63-bit seed from whole numbers and words; the same in every process, unlike hash()."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# =============================================================================================
+# Skills: three fields written from one finished trajectory
+# =============================================================================================
+
+@dataclass(frozen=True)
+class Skill:
+    """What one finished trajectory teaches, in the paper's three fields."""
+    success_analysis: str
+    mistake_analysis: str
+    golden_workflow: str
+
+
+SKILL_TEXT = """Notes from an earlier attempt at this task
+What worked: {success_analysis}
+Mistakes: {mistake_analysis}
+Workflow: {golden_workflow}
+
+"""
+
+# CHOICE: the paper's wording is not public.
+SUMMARIZER_PROMPT = """You review one finished attempt of an agent at a task and write a skill for \
+the next attempt at the same task: short, concrete, and true to what the transcript shows.
+
+Answer with one JSON object and nothing else. It has exactly these three fields, each a string:
+"success_analysis": which choices were right, and why (at most three sentences).
+"mistake_analysis": where the attempt failed or lost time: a wrong assumption, an unchecked argument, \
+a step that could not be undone (at most three sentences).
+"golden_workflow": the procedure to follow next time, as short ordered steps.
+
+Do not retell the transcript. If the attempt failed, say what to do instead.
+The completion is the share of the task that was done at the end; 1.00 is success."""
+
+
+def transcript(trajectory):
+    """The finished conversation as the text that a summarizing language model reads."""
+    turns = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in trajectory.messages)
+    return f"{turns}\n\n[completion: {trajectory.reward:.2f}]"
+
+
+def parse_skill(text):
+    """The Skill in a summarizer's answer; code fences and text around the object are forgiven.
+
+    ValueError when no JSON object with the three fields, as text and not all empty, is in it.
+    """
+    names = [f.name for f in dataclasses.fields(Skill)]
+    if len(text) > 100_000:
+        raise ValueError(f"skill text of {len(text)} characters: at most 100000 are read")
+    for start in [m.start() for m in re.finditer(r"\{", text)][:100]:
+        try:
+            found, _ = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        if all(isinstance(found.get(name), str) for name in names):
+            values = [found[name].strip() for name in names]
+            if any(values):
+                return Skill(*values)
+    raise ValueError(f"no JSON object with the text fields {', '.join(names)} in {text[:80]!r}")
+
+
+class SummaryTask:
+    """Writing one skill, as a world of a single turn: so `rollout` also runs the summarizer."""
+    system_prompt, max_turns = SUMMARIZER_PROMPT, 1
+
+    def __init__(self, trajectory):
+        self.task_id, self.text, self.counts = trajectory.task_id, transcript(trajectory), {}
+
+    def reset(self):
+        return self.text
+
+    def step(self, response):
+        return "", True
+
+    def completion(self):
+        return 0.0
+
+    def close(self):
+        pass
+
+
+def summarize(trajectories, student, tokenizer, cfg, generator):
+    """Write up finished trajectories. Returns [(trajectory, Skill)] and the number of failures."""
+    if cfg.summarizer == "rules":              # the embedded model cannot write; see sokoban_env.analyse
+        texts = [json.dumps(sokoban_env.analyse(t.messages)) for t in trajectories]
+    else:                                      # DEVIATION: the paper asks an external model, meanwhile
+        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens)
+        tasks = [SummaryTask(t) for t in trajectories]
+        texts = [t.messages[-1]["content"] for t in
+                 rollout(student, tokenizer, tasks, own, generator=generator, desc="skills")]
+    written, failed = [], 0
+    for trajectory, text in zip(trajectories, texts):
+        try:
+            written.append((trajectory, parse_skill(text)))
+        except ValueError:
+            failed += 1
+    return written, failed
+
+
+# =============================================================================================
+# The bank: B(x), and UCB over the skills of the same task
+# =============================================================================================
+
+class SkillBank:
+    """Skills by task, picked by UCB: mean_reward(e) + c * sqrt(ln N_ucb / n(e)).
+
+    A plain dict {task_id: [entry, ...]}, oldest first; an entry is a dict with `skill`, `picks`
+    n(e), `reward_sum`, and `source_reward`, the completion of the trajectory it was written from.
+    A pick counts once it is credited: `select` alone changes nothing.
+
+    Two things the paper does not discuss. (1) If every visit added a skill, "untried first" would
+    always win and UCB would never decide. CHOICE: a task takes a new skill only if its source did
+    better than the source of every skill it has, or once all of these have been picked twice; equal
+    texts are one skill; a full bank drops its worst tried entry. (2) The student never sees the
+    skill: the reward credited to it was earned before it could act. The statistic lags.
+    """
+
+    def __init__(self, c, size=4):
+        self.c, self.size, self.entries = c, size, {}
+
+    def score(self, entry, total_picks):
+        if not entry["picks"]:
+            return math.inf                                    # untried first
+        # UCB: mean_reward(e) + c * sqrt(ln N_ucb / n(e))
+        bonus = self.c * math.sqrt(math.log(total_picks) / entry["picks"])
+        return entry["reward_sum"] / entry["picks"] + bonus
+
+    def select(self, task_id):
+        """The entry of the highest score, the oldest among equals; None for a task without skills."""
+        entries = self.entries.get(task_id, [])
+        total_picks = sum(e["picks"] for e in entries)
+        return max(entries, key=lambda e: self.score(e, total_picks), default=None)
+
+    def decided(self, task_id):
+        """True if the next pick is UCB's own: a choice among several skills, all of them tried."""
+        entries = self.entries.get(task_id, [])
+        return len(entries) > 1 and all(e["picks"] for e in entries)
+
+    def credit(self, entry, reward):
+        """Count a pick and the mean reward of the group that was played when it was picked."""
+        entry["picks"] += 1
+        entry["reward_sum"] += float(reward)
+
+    def add(self, task_id, skill, source_reward=0.0):
+        """Insert a skill if it is new (see above). Returns whether it was."""
+        entries = self.entries.setdefault(task_id, [])
+        better = all(source_reward > e["source_reward"] for e in entries)
+        settled = all(e["picks"] >= 2 for e in entries)
+        if any(e["skill"] == skill for e in entries) or not (better or settled):
+            return False
+        if len(entries) >= self.size:
+            tried = [e for e in entries if e["picks"]] or entries
+            worst = min(tried, key=lambda e: e["reward_sum"] / max(e["picks"], 1))
+            entries[:] = [e for e in entries if e is not worst]
+        entries.append(dict(skill=skill, picks=0, reward_sum=0.0, source_reward=float(source_reward)))
+        return True
+
+    def __len__(self):
+        return sum(map(len, self.entries.values()))
+
+    def state_dict(self):
+        """Plain data: dicts, lists, strings, numbers."""
+        return {task: [dict(e, skill=dataclasses.asdict(e["skill"])) for e in entries]
+                for task, entries in self.entries.items()}
+
+    def load_state_dict(self, state):
+        self.entries = {task: [dict(e, skill=Skill(**e["skill"])) for e in entries]
+                        for task, entries in state.items()}
+
+
+# =============================================================================================
+# Two prompts, one token sequence: pi(. | x, y_<t) and pi(. | x + S(x), y_<t)
+# =============================================================================================
+
+class Chat:
+    """Renders conversations to token ids with the tokenizer's own chat template.
+
+    The template is cut once into the texts around the contents. Template text is encoded with
+    control tokens, contents without, so that no observation or skill can forge a turn. A
+    conversation only ever grows: the next turn is appended as ids, nothing is tokenised twice.
+    """
+
+    def __init__(self, tokenizer, eos_ids=()):
+        self.tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            raise ValueError(f"model={tokenizer.name_or_path!r} has no chat template; use an instruct model")
+        s, u, a, v = (f"\u00a7{name}\u00a7" for name in ("system", "task", "answer", "next"))
+        turns = [dict(role="user", content=u), dict(role="assistant", content=a),
+                 dict(role="user", content=v)]
+        try:
+            text = self.template([dict(role="system", content=s), *turns])
+            self.fold_system = False
+        except Exception:                      # a template without a system role: it goes to the task
+            text = self.template(turns)
+            self.fold_system = True
+        has_system = s in text                 # the template may also leave it out, as our own does
+        before, rest = text.split(s) if has_system else ("", text)
+        between, rest = rest.split(u)
+        header, rest = rest.split(a)
+        turn_end, rest = rest.split(v)
+        self.has_system = has_system
+        self.before, self.between, self.header, self.turn_end = (
+            self.encode(t, control=True) for t in (before, between, header, turn_end))
+        assert self.encode(rest, control=True) == self.header, "template changes after the first turn"
+        # A turn may end on any eos id, and on the token that the template itself puts there.
+        self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
+        if self.turn_end and self.turn_end[0] in tokenizer.all_special_ids:
+            self.eos_ids.add(self.turn_end[0])
+
+    def template(self, messages):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, text, control=False):
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control)
+
+    def prompt(self, system, task, skill=None, max_skill_tokens=None):
+        """Ids up to the first answer. With `skill` the teacher's prompt, without it the student's."""
+        skill_ids = []
+        if skill is not None:
+            skill_ids = self.encode(SKILL_TEXT.format(**dataclasses.asdict(skill)))[:max_skill_tokens]
+        if self.fold_system:
+            task = f"{system}\n\n{task}"
+        system_ids = self.encode(system) if self.has_system else []
+        # CHOICE: the skill stands in the first user message, above the task.
+        return self.before + system_ids + self.between + skill_ids + self.encode(task) + self.header
+
+    def next_turn(self, observation, ended):
+        """Ids between an answer and the next one; `ended`: the answer closed its turn itself."""
+        skip = 1 if ended and self.turn_end[0] in self.eos_ids else 0
+        return self.turn_end[skip:] + self.encode(observation) + self.header
+
+
+def eos_ids(model):
+    """The end-of-sequence ids that the model's generation config names, as a list."""
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [ids]
+
+
+# =============================================================================================
+# Rollout: on-policy, multi-turn, token ids in and token ids out
+# =============================================================================================
+
+@dataclass
+class Trajectory:
+    """One episode. `ids` is all that follows the prompt; the prompt itself is rendered when needed,
+    with a skill or without, so that the action ids are the same under both."""
+    task_id: str
+    system: str                      # system prompt
+    task: str                        # first user message, without any skill
+    ids: list = field(default_factory=list)       # (T_all,) answers and observations
+    mask: list = field(default_factory=list)      # (T_all,) True where the actor sampled the token
+    logps: list = field(default_factory=list)     # (T,) log-prob of each sampled token, when sampled
+    messages: list = field(default_factory=list)  # the conversation as text
+    turns: int = 0
+    reward: float = 0.0              # completion rate R_i in [0, 1]
+    counts: dict = field(default_factory=dict)    # what went wrong, by name: cut answers, ...
+    error: str = ""                  # set if the environment died: the episode is left out
+
+    def add_tokens(self, ids, sampled):
+        self.ids += ids
+        self.mask += [sampled] * len(ids)
+
+    def say(self, role, content):
+        self.messages.append(dict(role=role, content=content))
+
+
+class CachedForward:
+    """Next-token logits for rows of ragged conversations that grow on one KV cache.
+
+    Every call appends one chunk per row. Chunks are padded on the left; padding leaves holes in the
+    cache, which the attention mask covers and the position ids do not count.
+    """
+
+    def __init__(self, model, temperature):
+        self.model, self.temperature = model, temperature
+        self.cache = DynamicCache(config=model.config)
+        self.seen = None                                       # (B, slots so far) bool
+
+    def __call__(self, chunks):
+        """chunks: B lists of ids, some may be empty. Returns log-probs (B, V), float32."""
+        device, longest = self.model.device, max(map(len, chunks))
+        ids = torch.tensor([[0] * (longest - len(c)) + c for c in chunks], device=device)
+        used = torch.tensor([[False] * (longest - len(c)) + [True] * len(c) for c in chunks],
+                            device=device)
+        self.seen = used if self.seen is None else torch.cat([self.seen, used], dim=1)
+        positions = (self.seen.cumsum(1) - 1).clamp(min=0)[:, -longest:]             # (B, longest)
+        logits = self.model(input_ids=ids, attention_mask=self.seen.long(), position_ids=positions,
+                            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return F.log_softmax(logits[:, -1].float() / self.temperature, dim=-1)       # (B, V)
+
+    def keep(self, rows):
+        """Go on with these rows only."""
+        index = torch.tensor(rows, device=self.seen.device)
+        self.seen = self.seen[index]
+        self.cache.batch_select_indices(index)
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc="rollout"):
+    """Play one episode in every environment, all of them as one batch.
+
+    model samples from its full softmax at cfg.temperature, or takes the likeliest token (`greedy`);
+    skills: one Skill or None per environment, shown to whoever acts here; generator: a
+    torch.Generator on the model's device. Returns a list[Trajectory] in the order of `envs`. An
+    environment that raises ends its own episode with `error` set. Does not close the environments.
+    """
+    model.eval()
+    chat = Chat(tokenizer, eos_ids(model))
+    skills = skills or [None] * len(envs)
+    limit = cfg.max_context - cfg.max_skill_tokens             # so that every prompt's version fits
+    trajectories, chunks, rows = [], [], []                    # rows: environments still playing
+    for i, (env, skill) in enumerate(zip(envs, skills)):
+        t = Trajectory(env.task_id, env.system_prompt, "")
+        trajectories.append(t)
+        try:
+            t.task = env.reset()
+        except Exception as error:
+            t.error = f"reset: {error!r}"
+            continue
+        t.say("user", t.task)
+        prompt = chat.prompt(t.system, t.task, skill, cfg.max_skill_tokens)
+        plain = prompt if skill is None else chat.prompt(t.system, t.task)
+        t.prompt_length = len(plain)
+        if len(plain) + cfg.max_new_tokens > limit:
+            raise ValueError(f"max_context={cfg.max_context}: the prompt of {t.task_id} has {len(plain)} "
+                             f"tokens; with max_skill_tokens={cfg.max_skill_tokens} and max_new_tokens="
+                             f"{cfg.max_new_tokens} at least "
+                             f"{len(plain) + cfg.max_new_tokens + cfg.max_skill_tokens} are needed")
+        rows.append(i)
+        chunks.append(prompt)
+    forward = CachedForward(model, cfg.temperature)
+    progress = tqdm(total=len(envs), desc=desc, leave=False, disable=None)
+    while rows:
+        answers = sample_answers(forward, chunks, chat.eos_ids, cfg.max_new_tokens, generator, greedy)
+        still, chunks = [], []
+        for row, (i, (ids, logps)) in enumerate(zip(rows, answers)):
+            t, env, ended = trajectories[i], envs[i], ids[-1] in chat.eos_ids
+            t.add_tokens(ids, sampled=True)
+            t.logps += logps
+            t.turns += 1
+            t.counts["cut"] = t.counts.get("cut", 0) + (not ended)
+            response = tokenizer.decode(ids, skip_special_tokens=True)
+            t.say("assistant", response)
+            try:
+                observation, done = env.step(response)
+            except Exception as error:
+                t.error, done = f"step {t.turns}: {error!r}", True
+                continue
+            t.say("user", observation)
+            following = chat.next_turn(observation, ended)
+            length = t.prompt_length + len(t.ids) + len(following) + cfg.max_new_tokens
+            if not done and length > limit:
+                t.counts["truncated"] = 1
+            elif not done:
+                t.add_tokens(following, sampled=False)
+                still.append(row)
+                chunks.append(ids[-1:] + following)            # the last token has not been read yet
+        progress.update(len(rows) - len(still))
+        if still and len(still) < len(rows):
+            forward.keep(still)
+        rows = [rows[row] for row in still]
+    progress.close()
+    for t, env in zip(trajectories, envs):
+        if not t.error:
+            t.reward = env.completion()
+            t.counts.update(env.counts)
+    return trajectories
+
+
+def sample_answers(forward, chunks, eos, max_new_tokens, generator, greedy):
+    """One answer per row: [(ids, logps)], each up to an eos id (kept) or max_new_tokens."""
+    answers = [([], []) for _ in chunks]
+    open_rows = list(range(len(chunks)))
+    while open_rows:
+        logp = forward(chunks)                                                       # (B, V)
+        token = logp.argmax(-1, keepdim=True) if greedy else (
+            torch.multinomial(logp.exp(), 1, generator=generator))                   # (B, 1)
+        sampled = zip(token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist())
+        for row, (y, logp_y) in enumerate(sampled):
+            if row in open_rows:
+                answers[row][0].append(y)
+                answers[row][1].append(logp_y)
+        open_rows = [r for r in open_rows
+                     if answers[r][0][-1] not in eos and len(answers[r][0]) < max_new_tokens]
+        chunks = [answers[r][0][-1:] if r in open_rows else [] for r in range(len(chunks))]
+    return answers
+
+
+# =============================================================================================
+# Scoring: log-probs of the action tokens, for student and teacher alike
+# =============================================================================================
+
+def action_logits(model, tokenizer, trajectories, skills=None, max_skill_tokens=None):
+    """Logits at the action tokens only: (n, V) and the tokens (n,), rows after each other.
+
+    One forward pass over the whole conversations. The LM head sees only the hidden states that
+    precede an action token: a large vocabulary times a long conversation would not fit.
+    """
+    chat = Chat(tokenizer)
+    skills = skills or [None] * len(trajectories)
+    prompts = [chat.prompt(t.system, t.task, skill, max_skill_tokens)
+               for t, skill in zip(trajectories, skills)]
+    rows = [prompt + t.ids for prompt, t in zip(prompts, trajectories)]
+    longest, device = max(map(len, rows)), model.device
+
+    def padded(values, filler):
+        return torch.tensor([v + [filler] * (longest - len(v)) for v in values], device=device)
+
+    ids = padded(rows, 0)                                                            # (B, L)
+    sampled = padded([[False] * len(p) + t.mask for p, t in zip(prompts, trajectories)], False)
+    before = sampled.roll(-1, dims=1)              # the position that predicts each action token
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][before],))
+    try:
+        # Padding stands on the right, where causal attention cannot see it: no mask, which is faster.
+        logits = model(input_ids=ids, use_cache=False).logits                        # (n, V)
+    finally:
+        hook.remove()
+    return logits.float(), ids[sampled]
+
+
+def response_logps(model, tokenizer, trajectories, temperature=1.0, skills=None, max_skill_tokens=None):
+    """Log-probs of the action tokens: logp (B, T) and mask (B, T), T the most actions in a row.
+
+    Column t is the t-th action token of the row, wherever it stands in the conversation: student
+    and teacher align by construction, however long the teacher's prompt is.
+    """
+    logits, y = action_logits(model, tokenizer, trajectories, skills, max_skill_tokens)
+    flat = F.log_softmax(logits / temperature, dim=-1).gather(1, y[:, None])[:, 0]   # (n,)
+    lengths = torch.tensor([sum(t.mask) for t in trajectories], device=flat.device)
+    mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]   # (B, T)
+    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat), mask
+
+
+def micro_batches(trajectories, max_tokens):
+    """Lists of indices, similar lengths together, each at most max_tokens when padded (or one row)."""
+    batches = [[]]
+    for i in sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids)):
+        t = trajectories[i]
+        if batches[-1] and (len(batches[-1]) + 1) * (t.prompt_length + len(t.ids)) > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+# =============================================================================================
+# Losses (Eq. 10-14). Pure functions of tensors: lift them into any trainer.
+# =============================================================================================
+
+def masked_mean(x, mask):
+    """sum(x * mask) / sum(mask), a scalar; 0 when the mask is empty. x, mask: (B, T)."""
+    return torch.where(mask.bool(), x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def group_advantages(rewards, group_size, eps=1e-6, valid=None):
+    """A_i = (R_i - mean(R)) / (std(R) + eps) over each group of consecutive rollouts of one task.
+
+    rewards: (n,), n a multiple of group_size; valid: (n,) bool, False leaves an episode out.
+    Population std, in float64. Equal rewards give exactly 0, and so does a group with fewer than
+    two valid episodes. Returns (n,) float32.
+    """
+    r = torch.as_tensor(rewards).double()
+    if r.ndim != 1 or len(r) % group_size:
+        raise ValueError(f"rewards of shape {tuple(r.shape)}: must be (n,), n a multiple of "
+                         f"group_size={group_size}")
+    ok = torch.ones_like(r, dtype=torch.bool) if valid is None else torch.as_tensor(valid).bool()
+    r, ok = r.view(-1, group_size), ok.view(-1, group_size)                          # (tasks, G)
+    n = ok.sum(1, keepdim=True).clamp(min=1)
+    deviation = torch.where(ok, r - torch.where(ok, r, 0.0).sum(1, keepdim=True) / n, 0.0)
+    std = (deviation.square().sum(1, keepdim=True) / n).sqrt()
+    # Rounding of the mean must not turn equal rewards into an advantage.
+    highest = torch.where(ok, r, -math.inf).amax(1, keepdim=True)
+    lowest = torch.where(ok, r, math.inf).amin(1, keepdim=True)
+    adv = torch.where(highest > lowest, deviation / (std + eps), 0.0)
+    return adv.flatten().float()
+
+
+def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
+    """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), a scalar. No KL to a reference.
+
+    logp_student, logp_old, mask: (B, T); adv: (B,). Padding may hold anything finite.
+    """
+    mask = mask.bool()
+    # r_it = pi_theta(y_it) / pi_theta_old(y_it)
+    ratio = torch.where(mask, logp_student - logp_old, 0.0).exp()                    # (B, T)
+    adv = adv[:, None]                                                               # (B, 1)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -masked_mean(torch.minimum(ratio * adv, clipped * adv), mask)
+
+
+def sdl_loss(logp_student, logp_teacher, logp_old, mask):
+    """1/N sum rho * (exp(-l) - 1 + l), a scalar: the importance-weighted reverse KL to the teacher.
+
+    All (B, T); logp_teacher and logp_old are constants; padding may hold anything finite. With
+    tokens sampled by pi_old, the expected gradient at a fixed prefix is that of KL(student ||
+    teacher), for every theta. Both factors carry it: d/dlogp of rho * (exp(-l) - 1 + l) is rho * l.
+    Value in float64, since exp(-l) soon leaves float32's range.
+    """
+    mask = mask.bool()
+    # Eq. 10: l = log pi_student - log pi_teacher        Eq. 11: rho = pi_student / pi_old
+    log_ratio = torch.where(mask, logp_student.double() - logp_teacher.detach().double(), 0.0)  # (B, T)
+    rho = torch.where(mask, logp_student.double() - logp_old.detach().double(), 0.0).exp()      # (B, T)
+    # Eq. 12: k3 = exp(-l) - 1 + l
+    k3 = torch.expm1(-log_ratio) + log_ratio
+    # Autograd of rho * k3 subtracts two numbers of size exp(-l) to get rho * l; so its value is kept
+    # and its gradient written down: d(rho * k3)/dlogp = rho * l.
+    value, gradient = (rho * k3).detach(), (rho * log_ratio).detach()
+    slope = torch.where(mask, logp_student - logp_student.detach(), 0.0)             # 0, gradient 1
+    # Eq. 13: the mean over the N action tokens
+    return masked_mean(value + gradient * slope, mask)
+
+
+# =============================================================================================
+# Dynamic teacher synchronisation
+# =============================================================================================
+
+@torch.no_grad()
+def sync_teacher(teacher, student):
+    """theta-bar <- theta: copy every weight and buffer of the student into the teacher."""
+    teacher.load_state_dict(student.state_dict())
+
+
+# =============================================================================================
+# One iteration of the algorithm, and the loop
+# =============================================================================================
+
+@torch.no_grad()
+def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
+    """Log-probs of the student's own tokens under x + S(x): a list of (T,) tensors.
+
+    None stands where the teacher is known to equal theta_old: no skill, and weights just synced.
+    """
+    teacher.eval()
+    logps = [None] * len(trajectories)
+    wanted = [i for i, skill in enumerate(skills) if skill is not None or not synced]
+    for group in micro_batches([trajectories[i] for i in wanted], cfg.micro_batch_tokens):
+        rows = [wanted[j] for j in group]
+        if rows:
+            logp, mask = response_logps(teacher, tokenizer, [trajectories[i] for i in rows],
+                                        cfg.temperature, [skills[i] for i in rows], cfg.max_skill_tokens)
+            for i, row, used in zip(rows, logp, mask):
+                logps[i] = row[used]
+    return logps
+
+
+def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skills, cfg):
+    """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over one batch. Returns metrics.
+
+    adv: (n,); logp_teacher: n (T,) tensors or None (see teacher_logps), or None without SDL;
+    skills: what the student itself reads, None but for skill_grpo. N is counted over the whole
+    batch: micro-batches do not change the mean.
+    """
+    # No dropout: theta_old must be the policy that sampled, so scoring is done in eval mode.
+    student.eval()
+    n_tokens = sum(sum(t.mask) for t in trajectories)
+    logp_old = [None] * len(trajectories)
+    sums = dict.fromkeys(["pg_loss", "sdl_loss", "log_ratio", "rho_minus_1", "clip_fraction"], 0.0)
+    for epoch in range(cfg.updates_per_iteration):
+        optimizer.zero_grad(set_to_none=True)
+        sums = dict.fromkeys(sums, 0.0)
+        for rows in micro_batches(trajectories, cfg.micro_batch_tokens):
+            batch = [trajectories[i] for i in rows]
+            logp, mask = response_logps(student, tokenizer, batch, cfg.temperature,
+                                        skills and [skills[i] for i in rows], cfg.max_skill_tokens)
+            if epoch == 0:                     # theta is theta_old still: this is logp_old, exactly
+                for i, row, used in zip(rows, logp.detach(), mask):
+                    logp_old[i] = row[used]
+            old = torch.zeros_like(logp).masked_scatter(mask, torch.cat([logp_old[i] for i in rows]))
+            share = mask.sum() / n_tokens
+            pg = grpo_loss(logp, old, adv[rows].to(logp.device), mask, cfg.clip_low, cfg.clip_high)
+            loss = cfg.reward_weight * pg
+            if logp_teacher is not None:
+                known = [logp_old[i] if logp_teacher[i] is None else logp_teacher[i] for i in rows]
+                teacher = torch.zeros_like(logp).masked_scatter(mask, torch.cat(known))
+                sdl = sdl_loss(logp, teacher, old, mask)
+                # Eq. 14: L = L_GRPO + lambda * L_SDL
+                loss = loss + cfg.lam * sdl
+                sums["sdl_loss"] += (share * sdl).item()
+                sums["log_ratio"] += (share * masked_mean(logp.detach() - teacher, mask)).item()
+            (share * loss).backward()
+            ratio = (logp.detach() - old).exp()
+            outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
+            sums["pg_loss"] += (share * pg).item()
+            sums["rho_minus_1"] += (share * masked_mean((ratio - 1).abs(), mask)).item()
+            sums["clip_fraction"] += (share * masked_mean(outside.float(), mask)).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm {grad_norm}: stopped before the update; "
+                                     "try a smaller lr or lam")
+        optimizer.step()
+    if logp_teacher is None:
+        del sums["sdl_loss"], sums["log_ratio"]
+    old = torch.cat(logp_old).cpu()
+    recorded = torch.tensor([logp for t in trajectories for logp in t.logps])
+    return dict(sums, grad_norm=grad_norm, entropy=-old.mean().item(), action_tokens=n_tokens) | (
+        # How far sampling and scoring disagree on the same tokens; only where the student acted.
+        {} if cfg.actor == "teacher" else {"rollout_gap": (old - recorded).abs().max().item()})
+
+
+def pick_tasks(levels, cfg, k):
+    """The task indices of iteration k; the curriculum opens the list from its easy end."""
+    opened = 1.0 if not cfg.curriculum else 0.25 + 0.75 * k / (cfg.curriculum * cfg.iterations)
+    n = min(len(levels), max(cfg.tasks_per_iteration, round(opened * len(levels))))
+    return random.Random(derived_seed(cfg.seed, "tasks", k)).sample(range(n), cfg.tasks_per_iteration)
+
+
+def train(cfg):
+    """The paper's algorithm. Returns the final metrics, and writes all of the run to its folder."""
+    run = RunFolder(cfg)
+    world = make_world(cfg)
+    student, tokenizer = load_model(cfg, world)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    bank = SkillBank(cfg.ucb_c, cfg.bank_size)
+    uses_skills = cfg.skill_reader != "nobody"
+    base, first = run.load(student, teacher, optimizer, bank)
+    if base is None:
+        base = evaluate_both(student, tokenizer, world, cfg)
+
+    for k in tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=run.path.name):
+        times = [time.perf_counter()]
+        generator = make_generator(student, cfg.seed, "rollout", k)
+
+        # 1. theta_old <- theta (held as logp_old, see update); theta-bar <- theta
+        synced = cfg.sync_every > 0 and k % cfg.sync_every == 0
+        if synced:
+            sync_teacher(teacher, student)
+
+        # 2. S(x) <- UCB(B(x)); G trajectories per task, under the plain prompt
+        tasks = [world.train[i] for i in pick_tasks(world.train, cfg, k)]
+        entries = [bank.select(task.task_id) for task in tasks]
+        decided = [bank.decided(task.task_id) for task, entry in zip(tasks, entries) if entry]
+        envs = [world.make_env(task) for task in tasks for _ in range(cfg.group_size)]
+        skills = [entry and entry["skill"] for entry in entries for _ in range(cfg.group_size)]
+        teacher_acts = cfg.actor == "teacher"
+        in_student = skills if cfg.skill_reader == "student" else None
+        episodes = rollout(teacher if teacher_acts else student, tokenizer, envs, cfg,
+                           skills if teacher_acts else in_student, generator)
+        for env in envs:
+            env.close()
+        times.append(time.perf_counter())
+
+        # 3. rewards, group advantages
+        valid = torch.tensor([not t.error for t in episodes])
+        rewards = torch.tensor([t.reward for t in episodes])
+        adv = group_advantages(rewards, cfg.group_size, cfg.adv_eps, valid)
+        kept = [i for i, t in enumerate(episodes) if not t.error]
+        if not kept:
+            raise RuntimeError(f"iteration {k}: every environment failed; the first said "
+                               f"{episodes[0].error}")
+        batch, kept_skills = [episodes[i] for i in kept], [skills[i] for i in kept]
+
+        # 4. the teacher re-scores the student's tokens under x + S(x)
+        logp_teacher = None
+        if cfg.lam and cfg.skill_reader == "teacher":
+            logp_teacher = teacher_logps(teacher, tokenizer, batch, kept_skills, cfg, synced)
+        times.append(time.perf_counter())
+
+        # 5. minimise L over the tokens
+        metrics = update(student, optimizer, tokenizer, batch, adv[kept], logp_teacher,
+                         in_student and kept_skills, cfg)
+        times.append(time.perf_counter())
+
+        # 6. credit the picks, then write new skills: they are in the bank from iteration k + 1 on
+        groups = [[t for t in episodes[g:g + cfg.group_size] if not t.error]
+                  for g in range(0, len(episodes), cfg.group_size)]
+        for entry, group in zip(entries, groups):
+            if entry and group:
+                bank.credit(entry, np.mean([t.reward for t in group]))
+        failed = 0
+        if uses_skills:
+            # CHOICE: the best and the worst trajectory of each group are written up, one skill each.
+            chosen = [pick(group, key=lambda t: (t.reward, -t.turns)) for group in groups if group
+                      for pick in (max, min)]
+            written, failed = summarize(chosen, student, tokenizer, cfg, generator)
+            for trajectory, skill in written:
+                bank.add(trajectory.task_id, skill, trajectory.reward)
+        times.append(time.perf_counter())
+
+        metrics |= dict(
+            iteration=k, reward=rewards[valid].mean().item(),
+            success=np.mean([t.reward == 1.0 for t in batch]),
+            zero_spread_groups=sum(len({t.reward for t in group}) <= 1 for group in groups),
+            turns=np.mean([t.turns for t in batch]), failed_episodes=len(episodes) - len(batch),
+            tokens_per_second=metrics["action_tokens"] / (times[-1] - times[0]))
+        for name, begin, end in zip(("rollout", "teacher", "update", "skills"), times, times[1:]):
+            metrics[f"seconds_{name}"] = end - begin
+        for name in {name for t in batch for name in t.counts}:
+            metrics[f"count_{name}"] = sum(t.counts.get(name, 0) for t in batch)
+        if uses_skills:
+            metrics |= dict(skill_share=np.mean([e is not None for e in entries]),
+                            bank_skills=len(bank), skills_failed=failed)
+        if decided:
+            metrics["ucb_decided"] = np.mean(decided)
+        run.log(metrics)
+        if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
+            run.save(student, teacher, optimizer, bank, base, k + 1)
+
+    final = evaluate_both(student, tokenizer, world, cfg)
+    return run.finish(student, tokenizer, bank, base, final)
+
+
+# =============================================================================================
+# Evaluation, log, checkpoint
+# =============================================================================================
+
+def make_generator(model, *parts):
+    """A torch.Generator on the model's device, seeded from whole numbers and words alone."""
+    return torch.Generator(model.device).manual_seed(derived_seed(*parts))
+
+
+def evaluate(model, tokenizer, world, tasks, cfg, greedy=False, skills=None):
+    """Play each task once, under the plain prompt (unless `skills` are given): list[Trajectory].
+
+    An episode whose environment died counts as completion 0.
+    """
+    generator, trajectories = make_generator(model, cfg.seed, "evaluate"), []
+    for start in range(0, len(tasks), cfg.rollout_batch):
+        rows = slice(start, start + cfg.rollout_batch)
+        envs = [world.make_env(task) for task in tasks[rows]]
+        trajectories += rollout(model, tokenizer, envs, cfg, skills and skills[rows], generator,
+                                greedy, desc="evaluation")
+        for env in envs:
+            env.close()
+    return trajectories
+
+
+def evaluate_both(model, tokenizer, world, cfg):
+    """Held-out completions, sampled at the training temperature and greedy: one number per task."""
+    return {name: [t.reward for t in evaluate(model, tokenizer, world, world.heldout, cfg, greedy)]
+            for name, greedy in (("sampled", False), ("greedy", True))}
+
+
+def mean_and_interval(values):
+    """Mean and half width of its 95 % interval: Student's t for a few seeds, 1.96 for many levels."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+    n = len(values)
+    if n < 2:
+        return float(values[0]), math.nan
+    return float(np.mean(values)), t.get(n, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def percent(values):
+    mean, half = mean_and_interval(values)
+    return f"{100 * mean:5.1f}" + ("       " if math.isnan(half) else f" ±{100 * half:4.1f} ")
+
+
+def print_table(results):
+    """results: [(method, seed, result)]. Intervals are over levels for one seed, else over seeds."""
+    def row(name, columns):
+        print(f"{name:<22}" + "  ".join(columns))
+
+    seeds = sorted({seed for _, seed, _ in results})
+    tasks = len(results[0][2]["base"]["sampled"])
+    print(f"\n{tasks} held-out tasks, {len(seeds)} seed(s); percent, ± 95 % interval over "
+          + ("seeds" if len(seeds) > 1 else "tasks"))
+    row("", [f"{play} {what:<5}" for play in ("sampled", "greedy ") for what in ("acc", "comp")])
+    measures = [(play, accuracy) for play in ("sampled", "greedy") for accuracy in (True, False)]
+
+    def values(result, stage, play, accuracy):
+        x = np.array(result[stage][play])
+        return (x == 1.0).astype(float) if accuracy else x
+
+    def column(runs, difference, *measure):
+        per_run = [values(r, "trained", *measure) - values(r, "base", *measure) if difference
+                   else values(r, "trained", *measure) for r in runs]
+        return percent([x.mean() for x in per_run] if len(runs) > 1 else per_run[0])
+
+    bases = {seed: dict(r, trained=r["base"]) for _, seed, r in results}
+    row("base", [column(list(bases.values()), False, *m) for m in measures])
+    for method in dict.fromkeys(method for method, _, _ in results):
+        runs = [r for name, _, r in results if name == method]
+        row(method, [column(runs, False, *m) for m in measures])
+        row("  minus base", [column(runs, True, *m) for m in measures])
+
+
+class RunFolder:
+    """A run on disk: config.json, log.jsonl, checkpoint.pt, student/, bank.json, result.json.
+
+    The same command again goes on from the last checkpoint; a finished run is not run again.
+    """
+    INCIDENTAL = ("seeds", "out", "name", "device", "threads")       # may differ when going on
+
+    def __init__(self, cfg):
+        self.path = Path(cfg.out) / (cfg.name or f"{cfg.method}-seed{cfg.seed}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        known, settings = self.path / "config.json", dataclasses.asdict(cfg)
+        if known.exists():
+            for name, value in json.loads(known.read_text()).items():
+                if name not in self.INCIDENTAL and settings.get(name) != value:
+                    raise ValueError(f"{name}={settings.get(name)!r}: the run in {self.path} was begun "
+                                     f"with {value!r}; give another --name, or delete that folder")
+        self.write("config.json", settings)
+
+    def write(self, name, data):
+        """Written beside and moved into place: a file is whole or absent."""
+        part = self.path / f"{name}.part"
+        if name.endswith(".pt"):
+            torch.save(data, part)
+        else:
+            part.write_text(json.dumps(data, indent=1))
+        os.replace(part, self.path / name)
+
+    def result(self):
+        file = self.path / "result.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def log(self, metrics):
+        with open(self.path / "log.jsonl", "a") as file:
+            file.write(json.dumps({k: v if isinstance(v, int) else float(v) for k, v in
+                                   metrics.items()}) + "\n")
+
+    def save(self, student, teacher, optimizer, bank, base, iteration):
+        self.write("checkpoint.pt", dict(
+            student=student.state_dict(), teacher=teacher.state_dict(), base=base, iteration=iteration,
+            optimizer=optimizer.state_dict(), bank=bank.state_dict()))
+
+    def load(self, student, teacher, optimizer, bank):
+        """Fill in the last checkpoint, if any. Returns (base, first iteration): (None, 0) at the start.
+
+        Every random draw is derived from the seed and the iteration, so there is no other state.
+        """
+        file, log, base, first = self.path / "checkpoint.pt", self.path / "log.jsonl", None, 0
+        if file.exists():
+            state = torch.load(file, map_location=student.device, weights_only=True)
+            for name, part in dict(student=student, teacher=teacher, optimizer=optimizer,
+                                   bank=bank).items():
+                part.load_state_dict(state[name])
+            base, first = state["base"], state["iteration"]
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        log.write_text("".join(lines[:first]))                 # later ones are done again
+        return base, first
+
+    def finish(self, student, tokenizer, bank, base, final):
+        student.save_pretrained(self.path / "student")
+        tokenizer.save_pretrained(self.path / "student")
+        self.write("bank.json", bank.state_dict())
+        self.write("result.json", dict(base=base, trained=final))
+        return self.result()
+
+
+# =============================================================================================
+# The world, and the embedded model of the demo with its warm start
+# =============================================================================================
+
+@dataclass
+class World:
+    """Tasks to train on, easiest first, and held-out ones; both become environments by make_env."""
+    train: list
+    heldout: list
+    make_env: object                 # task -> environment
+    all_tasks: list                  # what a warm start must stay clear of
+
+
+def make_world(cfg):
+    """Sokoban levels: training, validation and test sets disjoint up to rotation and reflection."""
+    kind = dict(size=cfg.size, boxes=cfg.boxes, min_moves=cfg.min_moves, max_moves=cfg.max_moves)
+    test, val = [], []
+    test = sokoban_env.generate_levels(cfg.test_levels, derived_seed("test", cfg.level_seed), **kind)
+    val = sokoban_env.generate_levels(cfg.test_levels, derived_seed("val", cfg.level_seed),
+                                      exclude=test, **kind)
+    train_levels = sokoban_env.generate_levels(cfg.train_levels, derived_seed("train", cfg.seed),
+                                               exclude=test + val, **kind)
+    return World(sorted(train_levels, key=lambda level: level.moves), test if cfg.split == "test" else val,
+                 lambda level: sokoban_env.SokobanEnv(level, cfg.max_turns), train_levels + test + val)
+
+
+TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+                 "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
+                 "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def tiny_tokenizer(size):
+    """A word-level tokenizer for the demo's texts; a whole row of wall is one token.
+
+    Its chat template leaves out the system prompt: rules in English would only be unknown words.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, "Player none seen yet pushed a box to "
+             "where it is stuck boxes on goals in moves of at", " ".join(sokoban_env.MOVES)]
+    words = [word for text in texts for word in re.findall(r"\w+", text)]
+    cells = [f"{chr(ord('a') + c)}{r + 1}" for r in range(size) for c in range(size)]
+    vocab = dict.fromkeys(control + list("=#_.$*@+") + words + cells + [str(n) for n in range(100)])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Replace(Regex(r"^#( #)*$"), "="), normalizers.Replace(Regex(r"^# | #$"), "")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w]+|[=#_.$*@+]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
+        additional_special_tokens=control[2:4], chat_template=TINY_TEMPLATE)
+
+
+def tiny_model(tokenizer, seed):
+    """A stock Llama of about 0.2 million parameters with fresh weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(seed, "tiny"))
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
+
+
+def demonstration(tokenizer, system, messages, turns):
+    """A given conversation as a Trajectory, its answers standing where sampled tokens would."""
+    chat = Chat(tokenizer)
+    t = Trajectory("demonstration", system, messages[0]["content"], messages=messages)
+    for turn in range(turns):
+        answer, observation = messages[2 * turn + 1]["content"], messages[2 * turn + 2]["content"]
+        t.add_tokens(chat.encode(answer) + [tokenizer.eos_token_id], sampled=True)
+        if turn + 1 < turns:
+            t.add_tokens(chat.next_turn(observation, ended=True), sampled=False)
+    return t
+
+
+def warm_start(model, tokenizer, world, cfg):
+    """Teach the tiny model to play weakly on its own and better with a skill: an instruct model in small.
+
+    Soft targets: (1 - e) on the solver's best moves, e spread over all four, with e = warm_noise
+    under the plain prompt and warm_noise_skill under a skill. Rooms are none of the world's.
+    """
+    demos = sokoban_env.demonstrations(
+        cfg.warm_demos, derived_seed(cfg.seed, "demos"), cfg.size, cfg.boxes, cfg.max_moves,
+        cfg.max_turns, world.all_tasks)
+    rng = random.Random(derived_seed(cfg.seed, "warm"))
+    data = []
+    for messages, best, skill in tqdm(demos, desc="demonstrations", disable=None):
+        skill = Skill(**skill) if rng.random() < 0.5 else None
+        noise = cfg.warm_noise if skill is None else cfg.warm_noise_skill
+        target = [[noise / 4 + (1 - noise) * (m in good) / len(good) for m in range(4)] for good in best]
+        data.append((demonstration(tokenizer, "", messages, len(best)), skill, target))
+    batches = []
+    for start in range(0, len(data), 50 * cfg.warm_batch):     # similar lengths together: less padding
+        window = sorted(data[start:start + 50 * cfg.warm_batch], key=lambda d: len(d[0].ids))
+        window = [window[i:i + cfg.warm_batch] for i in range(0, len(window), cfg.warm_batch)]
+        batches += rng.sample(window, len(window))
+    move_ids = [tokenizer.convert_tokens_to_ids(move) for move in sokoban_env.MOVES]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.warm_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    for step, batch in enumerate(tqdm(batches, desc="warm start", disable=None)):
+        done = step / len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.warm_lr * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
+        trajectories, skills, targets = zip(*batch)
+        logits, _ = action_logits(model, tokenizer, trajectories, skills)
+        logp = F.log_softmax(logits, dim=-1).view(-1, 2, logits.shape[-1])     # (turns, move then end, V)
+        target = torch.tensor(sum(targets, []), device=logp.device)            # (turns, 4)
+        loss = -((target * logp[:, 0, move_ids]).sum(-1) + logp[:, 1, tokenizer.eos_token_id]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def load_pretrained(path, cfg):
+    """(model, tokenizer) of a Hugging Face chat model; float32, or small updates would be rounded away."""
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def load_model(cfg, world):
+    """(student, tokenizer). The embedded model's warm start is cached under what it depends on."""
+    if cfg.model != "tiny":
+        return load_pretrained(cfg.model, cfg)
+    names = ("seed size boxes min_moves max_moves max_turns train_levels test_levels level_seed "
+             "warm_demos warm_batch warm_lr warm_noise warm_noise_skill").split()
+    code = [inspect.getsource(part) for part in (sokoban_env, tiny_tokenizer, tiny_model, demonstration,
+                                                 warm_start)]
+    key = [[getattr(cfg, name) for name in names], code, SKILL_TEXT, torch.__version__]
+    folder = Path(cfg.out) / f"warm-start-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        tokenizer = tiny_tokenizer(cfg.size)
+        student = tiny_model(tokenizer, cfg.seed)
+        warm_start(student, tokenizer, world, cfg)
+        part = folder.with_suffix(".part")
+        student.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        os.replace(part, folder)
+    return load_pretrained(folder, cfg)
+
+
+# =============================================================================================
+# Command line
+# =============================================================================================
+
+def show_prompts(cfg):
+    """One task's student and teacher tokens side by side: only the skill differs."""
+    world, tokenizer = make_world(cfg), (tiny_tokenizer(cfg.size) if cfg.model == "tiny"
+                                         else AutoTokenizer.from_pretrained(cfg.model))
+    env, rng = world.make_env(world.train[0]), random.Random(cfg.seed)
+    messages, done = [dict(role="user", content=env.reset())], False
+    while not done and len(messages) < 6:                      # a few random turns will do
+        move = rng.choice(sokoban_env.MOVES)
+        observation, done = env.step(move)
+        messages += [dict(role="assistant", content=move), dict(role="user", content=observation)]
+    skill = Skill(**sokoban_env.analyse(messages))
+    t = demonstration(tokenizer, env.system_prompt, messages, len(messages) // 2)
+    chat = Chat(tokenizer)
+    student, teacher = (chat.prompt(t.system, t.task, s, cfg.max_skill_tokens) for s in (None, skill))
+    same = next((i for i, (a, b) in enumerate(zip(student, teacher)) if a != b), len(student))
+    print(f"{'student':<34}{'teacher':<34}action")
+    for i in range(len(teacher) + len(t.ids)):
+        extra = len(teacher) - len(student)
+        j = i if i < same else i - extra if i >= same + extra else None
+        action = i >= len(teacher) and t.mask[i - len(teacher)]
+        y = (teacher + t.ids)[i]
+        token = tokenizer.convert_ids_to_tokens(y)
+        left = "" if j is None else f"{j:>5} {y:>7}  {token}"
+        print(f"{left:<34}{f'{i:>5} {y:>7}  {token}':<34}{'<- scored' if action else ''}".rstrip())
+
+
+def evaluate_run(folder, cfg):
+    """Play the held-out tasks with the student of a finished run."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    cfg = check(dataclasses.replace(Config(**settings), device=cfg.device))
+    if not (Path(folder) / "student").exists():
+        raise ValueError(f"eval={folder!r}: no student in that folder; it is written when a run ends")
+    world = make_world(cfg)
+    student, tokenizer = load_pretrained(Path(folder) / "student", cfg)
+    result = evaluate_both(student, tokenizer, world, cfg)
+    print_table([(cfg.method, cfg.seed, dict(base=RunFolder(cfg).result()["base"], trained=result))])
+
+
+def show_run(cfg):
+    """What a reader wants to see of a finished run: a solved level, a skill, the files."""
+    folder = Path(cfg.out) / (cfg.name or f"{cfg.method}-seed{cfg.seed}")
+    world = make_world(cfg)
+    student, tokenizer = load_pretrained(folder / "student", cfg)
+    played = evaluate(student, tokenizer, world, world.heldout[:32], cfg, greedy=True)
+    solved = max(played, key=lambda t: (t.reward, t.turns))
+    print(f"\nThe trained student, greedy, on held-out task {solved.task_id}: completion {solved.reward:.2f}")
+    for message in solved.messages:
+        print(message["content"] if message["role"] == "user" else f"  -> {message['content']}\n")
+    bank = json.loads((folder / "bank.json").read_text())
+    entries = [entry for task in bank.values() for entry in task]
+    if entries:
+        entry = max(entries, key=lambda e: (e["picks"], e["reward_sum"]))
+        print(f"\nA skill of the bank ({len(entries)} skills, {len(bank)} tasks), picked {entry['picks']} times:")
+        print(json.dumps(entry["skill"], indent=1))
+    print(f"\nFiles: {folder}/ (config.json, log.jsonl, result.json, bank.json, checkpoint.pt, student/)")
+
+
+def run_all(cfg):
+    """Every (method, seed) asked for, each from the warm start of its seed, as one table."""
+    results = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for method in METHODS if cfg.method == "all" else [cfg.method]:
+            one = dataclasses.replace(cfg, method=method, seed=seed)
+            if cfg.method == "all":
+                one = dataclasses.replace(one, **METHODS[method])
+            result = RunFolder(check(one)).result() or train(one)
+            results.append((method, seed, result))
+    print_table(results)
+    return one
+
+
+def parse_args(argv=None):
+    """(Config, the parsed arguments): the command line is the fields of Config, their comments its help."""
+    parser = argparse.ArgumentParser(description="Skill-SD, arXiv 2604.10674: see the top of this file.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    source = inspect.getsource(Config)
+    for f in dataclasses.fields(Config):
+        comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +CHOICE)?$", source, re.MULTILINE).group(1)
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
+                            help=f"{comment} (default: {f.default!r})".replace("%", "%%"))
+    parser.add_argument("--eval", metavar="RUN", help="play the held-out tasks with a finished run's student")
+    parser.add_argument("--show-prompts", action="store_true", help="one task's two prompts, side by side")
+    args = parser.parse_args(argv)
+    given = {k: v for k, v in vars(args).items() if k not in ("eval", "show_prompts")}
+    # Defaults, then the method's row, then what was typed.
+    return Config(**{**METHODS.get(given.get("method", Config.method), {}), **given}), args
+
+
+def main():
+    try:
+        cfg, args = parse_args()
+        check(cfg)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        if args.show_prompts:
+            show_prompts(cfg)
+        elif args.eval:
+            evaluate_run(args.eval, cfg)
+        else:
+            show_run(run_all(cfg))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: MIT
+"""Sokoban for language-model agents: rules, levels, an exact solver, text, demonstrations, the analyst.
+
+Standard library only. Everything an agent meets is text: a room with one glyph per cell and the
+player's cell, one move per answer. Levels are read and written in the standard XSB text:
+
+    #  wall     _ or - or space  floor     .  goal
+    $  box      *  box on a goal           @  player     +  player on a goal
+
+Cells are named as on a chess board seen from above: column letter, then row number counted from
+the top; the top-left corner of the walls is a1. A state of a room is (player, boxes): a cell index
+and a bit mask over cell indices (row * width + column).
+
+    python sokoban_env.py                    play generated levels in the terminal
+    python sokoban_env.py --file my.xsb      play levels from a file, separated by empty lines
+"""
+import argparse
+import hashlib
+import random
+import re
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+MOVES = ("up", "down", "left", "right")      # the order of every table below
+LETTERS = "UDLR"
+
+
+# ------------------------------------------------------------------------------------- levels
+
+@dataclass(frozen=True)
+class Level:
+    """One level. Cells are ints, row * width + column; `boxes` and `goals` are bit masks of cells."""
+    width: int
+    height: int
+    walls: int                               # bit mask too; cells outside the walls count as wall
+    goals: int
+    boxes: int
+    player: int
+    moves: int | None = field(default=None, compare=False)     # optimal length, where known
+
+    @property
+    def task_id(self):
+        """A name that is the same in every process: a digest of the XSB text."""
+        return "sokoban-" + hashlib.sha256(to_xsb(self).encode()).hexdigest()[:12]
+
+    @property
+    def steps(self):
+        """What each of MOVES adds to a cell index."""
+        return (-self.width, self.width, -1, 1)
+
+    def after(self, move):
+        """The level after one of MOVES (an index), or itself when a wall or a box is in the way."""
+        state = push(self, self.player, self.boxes, self.steps[move])
+        return self if state is None else replace(self, player=state[0], boxes=state[1], moves=None)
+
+    def completion(self):
+        """Boxes on goals / boxes."""
+        return (self.boxes & self.goals).bit_count() / self.boxes.bit_count()
+
+    def cell_name(self, cell):
+        return f"{chr(ord('a') + cell % self.width)}{cell // self.width + 1}"
+
+
+def push(level, player, boxes, step):
+    """(player, boxes) after moving by `step`, pushing at most one box; None when that is blocked."""
+    cell = player + step
+    if level.walls >> cell & 1:
+        return None
+    if boxes >> cell & 1:
+        beyond = cell + step
+        if (level.walls | boxes) >> beyond & 1:
+            return None
+        boxes ^= 1 << cell | 1 << beyond
+    return cell, boxes
+
+
+def cells_of(mask):
+    """The cells of a bit mask, in order."""
+    return [cell for cell in range(mask.bit_length()) if mask >> cell & 1]
+
+
+def glyph_rows(level, floor):
+    on_goal = {"$": "*", "@": "+", floor: "."}
+    rows = []
+    for row in range(level.height):
+        line = ""
+        for cell in range(row * level.width, (row + 1) * level.width):
+            glyph = ("#" if level.walls >> cell & 1 else "$" if level.boxes >> cell & 1
+                     else "@" if cell == level.player else floor)
+            line += on_goal.get(glyph, glyph) if level.goals >> cell & 1 else glyph
+        rows.append(line)
+    return rows
+
+
+def to_xsb(level):
+    """The level as XSB text. What lies outside the walls is written as wall."""
+    return "\n".join(glyph_rows(level, " "))
+
+
+def render(level):
+    """The room as the agent sees it: one glyph per cell, parted by blanks, `_` for the floor."""
+    return "\n".join(" ".join(row) for row in glyph_rows(level, "_"))
+
+
+def parse_level(xsb_text):
+    """Read XSB text, or the room text that the agent sees. ValueError with line and column."""
+    lines = [line.rstrip() for line in xsb_text.split("\n")]
+    first = next((i for i, line in enumerate(lines) if line), len(lines))
+    while lines and not lines[-1]:
+        lines.pop()
+    rows = lines[first:]
+    if all(re.fullmatch(r"\S( \S)*", row) for row in rows):     # room text: a blank after each glyph
+        rows, column = [row[::2] for row in rows], lambda c: 2 * c + 1
+    else:
+        column = lambda c: c + 1
+    if not rows:
+        raise ValueError("level is empty: expected XSB text, lines of '#', ' ', '.', '$', '*', '@', '+'")
+    width, height = max(map(len, rows)), len(rows)
+    masks = dict.fromkeys("wgbp", 0)
+    players = []
+    for r, row in enumerate(rows):
+        for c, glyph in enumerate(row):
+            if glyph not in "# -_.$*@+":
+                raise ValueError(f"line {first + r + 1}, column {column(c)}: unknown glyph {glyph!r}; "
+                                 "allowed are '#', ' ', '-', '_', '.', '$', '*', '@', '+'")
+            bit = 1 << r * width + c
+            masks["w"] |= bit * (glyph == "#")
+            masks["g"] |= bit * (glyph in ".*+")
+            masks["b"] |= bit * (glyph in "$*")
+            if glyph in "@+":
+                players.append((r, c))
+                if len(players) > 1:
+                    raise ValueError(f"line {first + r + 1}, column {column(c)}: a second player; "
+                                     "a level has exactly one '@' or '+'")
+    if not players:
+        raise ValueError(f"no player in lines {first + 1}-{first + height} (column 1 on): "
+                         "a level has exactly one '@' or '+'")
+    boxes, goals = masks["b"].bit_count(), masks["g"].bit_count()
+    if not boxes or boxes != goals:
+        raise ValueError(f"{boxes} boxes and {goals} goals in lines {first + 1}-{first + height} "
+                         "(column 1 on): a level has at least one box and as many goals")
+    player = players[0][0] * width + players[0][1]
+    inside = 0
+    for start in [player, *cells_of(masks["b"])]:      # a room closed off from the player is legal
+        region = flood(start, masks["w"], width, height)
+        if region is None:
+            r, c = divmod(start, width)
+            raise ValueError(f"line {first + r + 1}, column {column(c)}: {rows[r][c]!r} is outside "
+                             "the walls: every way from it to the edge must be closed by '#'")
+        inside |= region
+    outside = (1 << width * height) - 1 & ~inside
+    return Level(width, height, outside, masks["g"] & inside, masks["b"], player)
+
+
+def flood(start, walls, width, height):
+    """Bit mask of the cells reached from `start` without crossing walls; None if the edge is."""
+    seen, todo = 1 << start, [start]
+    while todo:
+        cell = todo.pop()
+        r, c = divmod(cell, width)
+        if r in (0, height - 1) or c in (0, width - 1):
+            return None
+        for step in (-width, width, -1, 1):
+            bit = 1 << cell + step
+            if not (walls | seen) & bit:
+                seen |= bit
+                todo.append(cell + step)
+    return seen
+
+
+def canonical(level):
+    """The least text among the level's eight rotations and reflections: equal levels, equal text."""
+    rows, best = glyph_rows(level, " "), None
+    for _ in range(4):
+        rows = ["".join(column) for column in zip(*rows[::-1])]            # a quarter turn
+        for text in ("\n".join(rows), "\n".join(row[::-1] for row in rows)):
+            best = text if best is None or text < best else best
+    return best
+
+
+# ------------------------------------------------------------------------------------- solver
+
+def live_squares(level):
+    """Bit mask of the cells from which a lone box can still be pushed to some goal.
+
+    Found by pulling a box backwards from every goal; a box anywhere else can never reach one.
+    """
+    live, todo = level.goals, cells_of(level.goals)
+    while todo:
+        box = todo.pop()
+        for step in level.steps:
+            before, player = box - step, box - 2 * step       # the push that brought the box here
+            if not level.walls >> before & 1 and not level.walls >> player & 1:
+                if not live >> before & 1:
+                    live |= 1 << before
+                    todo.append(before)
+    return live
+
+
+def solve(level, state_limit=2_000_000):
+    """A shortest solution as a string of "UDLR", or None when there is none.
+
+    Breadth-first over (player, boxes), skipping pushes onto squares that no goal can be reached
+    from. RuntimeError once more than `state_limit` states are kept (about 200 bytes each).
+    """
+    dead = ~live_squares(level)
+    start = (level.player, level.boxes)
+    if level.boxes == level.goals:
+        return ""
+    came_from, queue = {start: None}, deque([start])
+    while queue:
+        state = queue.popleft()
+        for letter, step in zip(LETTERS, level.steps):
+            after = push(level, *state, step)
+            if after is None or after in came_from or after[1] != state[1] and after[1] & dead:
+                continue
+            came_from[after] = (state, letter)
+            if after[1] == level.goals:
+                path = []
+                while came_from[after]:
+                    after, letter = came_from[after]
+                    path.append(letter)
+                return "".join(reversed(path))
+            queue.append(after)
+        if len(came_from) > state_limit:
+            raise RuntimeError(f"state_limit={state_limit} reached before a solution was found; "
+                               "raise it (about 200 bytes a state) or take a smaller level")
+    return None
+
+
+def distances(level, max_moves=None, state_limit=2_000_000):
+    """{(player, boxes): fewest moves to the goal} for every solvable state of this room.
+
+    One backward breadth-first search (moves undone, pushes pulled) from all solved states; stops
+    at `max_moves`. The level's own player and boxes do not matter.
+    """
+    walls, found = level.walls, {}
+    frontier = [(cell, level.goals) for cell in range(level.width * level.height)
+                if not (walls | level.goals) >> cell & 1]
+    steps, depth = level.steps, 0
+    while frontier and (max_moves is None or depth <= max_moves):
+        found.update(dict.fromkeys(frontier, depth))
+        before = {}                                            # a dict: a set with a fixed order
+        for player, boxes in frontier:
+            blocked = walls | boxes
+            for step in steps:
+                origin = player - step
+                if blocked >> origin & 1:
+                    continue
+                if (origin, boxes) not in found:
+                    before[origin, boxes] = None
+                if boxes >> player + step & 1:                 # that move may have been a push
+                    pulled = boxes ^ (1 << player + step | 1 << player)
+                    if (origin, pulled) not in found:
+                        before[origin, pulled] = None
+        if len(found) > state_limit:
+            raise ValueError(f"state_limit={state_limit} reached: this room has too many states; "
+                             "use a smaller size, fewer boxes or a smaller max_moves")
+        frontier, depth = list(before), depth + 1
+    return found
+
+
+def best_moves(level, player, boxes, table):
+    """Indices into MOVES of the moves that start a shortest solution; empty in a lost state."""
+    here = table.get((player, boxes))
+    if not here:
+        return []
+    return [m for m, step in enumerate(level.steps)
+            if table.get(push(level, player, boxes, step)) == here - 1]
+
+
+# ---------------------------------------------------------------------------------- generator
+
+def below(rng, n):
+    """A whole number in [0, n). Only random() is promised to be the same in every Python."""
+    return int(rng.random() * n)
+
+
+def random_room(rng, size, boxes):
+    """A square room with random inner walls and goals, its floor in one piece; None on a miss."""
+    inner = [r * size + c for r in range(1, size - 1) for c in range(1, size - 1)]
+    walls = (1 << size * size) - 1 & ~sum(1 << cell for cell in inner)
+    for _ in range(below(rng, len(inner) // 3 + 1)):
+        walls |= 1 << inner[below(rng, len(inner))]
+    floor = [cell for cell in inner if not walls >> cell & 1]
+    if len(floor) < 2 * boxes + 1 or flood(floor[0], walls, size, size).bit_count() != len(floor):
+        return None
+    goals = 0
+    while goals.bit_count() < boxes:
+        goals |= 1 << floor[below(rng, len(floor))]
+    return Level(size, size, walls, goals, goals, floor[0])
+
+
+def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude=()):
+    """n solvable levels, distinct up to rotation and reflection, each with its optimal length.
+
+    The room is drawn at random, one backward search gives the distance of all its states, and the
+    start is drawn among those at one distance in [min_moves, max_moves], no box on a goal. Equal
+    arguments give equal lists on every machine. `exclude`: levels to stay clear of, up to symmetry.
+    """
+    if size < 4 or boxes < 1 or 2 * boxes + 1 > (size - 2) ** 2:
+        raise ValueError(f"size={size}, boxes={boxes}: a room of that size (walls included) must "
+                         "hold the player, the boxes and as many free goals")
+    if not 1 <= min_moves <= max_moves:
+        raise ValueError(f"min_moves={min_moves}, max_moves={max_moves}: 1 <= min_moves <= max_moves")
+    rng, levels, misses = random.Random(seed), [], 0
+    seen = {canonical(level) for level in exclude}
+    while len(levels) < n:
+        misses += 1
+        if misses > 2000:
+            raise ValueError(f"no further level with size={size}, boxes={boxes}, min_moves={min_moves}, "
+                             f"max_moves={max_moves} in 2000 rooms (have {len(levels)} of n={n}): "
+                             "widen the range of moves, enlarge the room or ask for fewer")
+        room = random_room(rng, size, boxes)
+        if room is None:
+            continue
+        wanted = min_moves + below(rng, max_moves - min_moves + 1)
+        starts = [state for state, moves in distances(room, wanted).items()
+                  if moves == wanted and not state[1] & room.goals]
+        if not starts:
+            continue
+        player, start_boxes = starts[below(rng, len(starts))]
+        level = replace(room, player=player, boxes=start_boxes, moves=wanted)
+        key = canonical(level)
+        if key not in seen:
+            seen.add(key)
+            levels.append(level)
+            misses = 0
+    return levels
+
+
+# -------------------------------------------------------------------------------- environment
+
+SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
+
+The room is shown with one symbol per cell:
+# wall   _ floor   . goal   $ box   * box on a goal   @ you   + you on a goal
+Cells have names: a letter for the column (a is the leftmost) and a number for the row (1 is the top).
+
+Each answer is one move: up, down, left or right. Moving into a box pushes it one cell, if the cell \
+behind it is free. Boxes cannot be pulled, and only one box can be pushed at a time: a box pushed \
+into a corner that is not a goal is lost.
+
+Think briefly if you need to, and end your answer with the move in tags, for example:
+<answer>up</answer>"""
+NO_MOVE = "No move was read. End your answer with <answer>up</answer>, or down, left, right."
+BLOCKED = "That way is blocked."
+
+
+def parse_action(text):
+    """Index into MOVES, read tolerantly from a model's text; None when there is no move in it.
+
+    The last <answer>...</answer> decides if there is one, else the whole text; in it, the last of
+    the four direction words, in any case.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.IGNORECASE | re.DOTALL)
+    words = re.findall(r"\b(up|down|left|right)\b", tagged[-1] if tagged else text, re.IGNORECASE)
+    return MOVES.index(words[-1].lower()) if words else None
+
+
+class SokobanEnv:
+    """One level as a conversation: `reset`, then `step` with the model's text until done."""
+    system_prompt = SYSTEM_PROMPT
+
+    def __init__(self, level, max_turns=40):
+        self.level, self.max_turns, self.task_id = level, max_turns, level.task_id
+
+    def reset(self):
+        """Start over. Returns the first observation (str)."""
+        self.state, self.turn = self.level, 0
+        self.counts = {"no_action": 0, "blocked": 0}
+        return self.observation()
+
+    def observation(self, note=""):
+        return f"{note}\n{render(self.state)}\nPlayer: {self.state.cell_name(self.state.player)}".strip()
+
+    def step(self, response):
+        """One turn: the model's text in, (observation, done) out. An unreadable answer costs a turn."""
+        self.turn += 1
+        move, note = parse_action(response), ""
+        if move is None:
+            self.counts["no_action"] += 1
+            note = NO_MOVE
+        else:
+            after = self.state.after(move)
+            if after is self.state:
+                self.counts["blocked"] += 1
+                note = BLOCKED
+            self.state = after
+        return self.observation(note), self.completion() == 1.0 or self.turn >= self.max_turns
+
+    def completion(self):
+        """Boxes on goals / boxes, in [0, 1]; 1.0 is success."""
+        return self.state.completion()
+
+    def close(self):
+        """Nothing to give back: the world lives in this object."""
+
+
+# ------------------------------------------------------- the analyst, and demonstrations to learn from
+
+def room_in(observation):
+    """The room drawn in an observation, as a Level."""
+    return parse_level("\n".join(line for line in observation.split("\n") if line.startswith("#")))
+
+
+def analyse(messages):
+    """The rule-based analyst: the three fields of a skill, written from ONE finished conversation.
+
+    It stands in for the summarizing language model where the agent is too small to write. It reads
+    what such a model would read - the messages, [{"role", "content"}, ...] ending with the last
+    observation - and knows the rules of the game, but never calls the solver.
+    """
+    rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
+    moves = [parse_action(m["content"]) for m in messages if m["role"] == "assistant"]
+    start, done = rooms[0], [room.completion() for room in rooms]
+    best = done.index(max(done))
+    mistake = "none seen"
+    live = live_squares(start)
+    for room, after, move in zip(rooms, rooms[1:], moves):
+        lost = after.boxes & ~room.boxes & ~live
+        if lost:
+            mistake = (f"at {room.cell_name(room.player)} {MOVES[move]} pushed a box to "
+                       f"{room.cell_name(cells_of(lost)[0])} where it is stuck")
+            break
+    path = {}                                                  # state -> move made there
+    for room, move in zip(rooms[:best], moves):
+        if (room.player, room.boxes) in path:                  # back in a known state: erase the loop
+            known = list(path).index((room.player, room.boxes))
+            path = dict(list(path.items())[:known])
+        path[room.player, room.boxes] = move
+    total = start.boxes.bit_count()
+    return {
+        "success_analysis": f"{round(max(done) * total)} of {total} boxes on goals in {len(path)} moves",
+        "mistake_analysis": mistake,
+        "golden_workflow": ", ".join(f"{start.cell_name(player)} {MOVES[move]}" for
+                                     (player, _), move in path.items() if move is not None)
+                           or "none yet",
+    }
+
+
+def play_noisily(env, table, rng, noise):
+    """Play `env` with its solver's moves, each replaced by a random one at rate `noise`.
+
+    Returns (messages, best): the whole conversation, and per turn the indices of the best moves.
+    Ends early in a lost state, from which nothing can be learned.
+    """
+    messages, best, done = [{"role": "user", "content": env.reset()}], [], False
+    while not done:
+        good = best_moves(env.level, env.state.player, env.state.boxes, table)
+        if not good:
+            break
+        best.append(good)
+        move = below(rng, 4) if rng.random() < noise else good[below(rng, len(good))]
+        observation, done = env.step(MOVES[move])
+        messages += [{"role": "assistant", "content": MOVES[move]},
+                     {"role": "user", "content": observation}]
+    return messages, best
+
+
+def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), per_room=8):
+    """n demonstrations to warm-start a model that knows nothing, in rooms that no level of `exclude` has.
+
+    Returns a list of (messages, best, skill): a noisy play, the best moves at each of its turns,
+    and what the analyst wrote (a dict) after another noisy play of the same level.
+    """
+    def empty(room):
+        return canonical(replace(room, boxes=0, player=-1))
+    rng, demos, taken = random.Random(seed), [], {empty(level) for level in exclude}
+    while len(demos) < n:
+        room = random_room(rng, size, boxes)
+        if room is None or empty(room) in taken:
+            continue
+        table = distances(room, max_moves)
+        starts = [state for state in table if not state[1] & room.goals]
+        for _ in range(min(per_room, len(starts), n - len(demos))):
+            player, start_boxes = starts[below(rng, len(starts))]
+            env = SokobanEnv(replace(room, player=player, boxes=start_boxes), max_turns)
+            earlier, _ = play_noisily(env, table, rng, 0.6 * rng.random())
+            messages, best = play_noisily(env, table, rng, 0.6 * rng.random())
+            demos.append((messages, best, analyse(earlier)))
+    return demos
+
+
+# ----------------------------------------------------------------------------- play in a terminal
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at and play Sokoban levels.")
+    parser.add_argument("--file", help="XSB levels, separated by empty lines (default: generated)")
+    parser.add_argument("--n", type=int, default=5, help="levels to generate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=6, help="room size, walls included")
+    parser.add_argument("--boxes", type=int, default=2)
+    parser.add_argument("--min-moves", type=int, default=4)
+    parser.add_argument("--max-moves", type=int, default=20)
+    args = parser.parse_args()
+    if args.file:
+        texts = re.split(r"\n\s*\n", Path(args.file).read_text().strip("\n"))
+        levels = [parse_level(text) for text in texts]
+    else:
+        levels = generate_levels(args.n, args.seed, args.size, args.boxes, args.min_moves, args.max_moves)
+    keys = dict(zip("wsad", range(4)))
+    print("w a s d: move   r: restart   o: replay the optimal solution   n: next level   q: quit")
+    for number, start in enumerate(levels, 1):
+        level, taken = start, 0
+        solution = solve(start)
+        said = "no solution" if solution is None else f"optimal: {len(solution)} moves"
+        while True:
+            print(f"\nlevel {number} of {len(levels)} ({start.task_id}), {said}, {taken} moves made")
+            print(render(level))
+            if level.completion() == 1.0:
+                print("solved")
+            try:
+                typed = input("> ").strip().lower()
+            except EOFError:
+                return
+            for key in typed:
+                if key in keys:
+                    level, taken = level.after(keys[key]), taken + 1
+                elif key == "r":
+                    level, taken = start, 0
+                elif key == "o" and solution is not None:
+                    level, taken = start, 0
+                    for letter in solution:
+                        level, taken = level.after(LETTERS.index(letter)), taken + 1
+                        print(f"\n{letter}\n{render(level)}")
+                elif key == "q":
+                    return
+            if "n" in typed:
+                break
+
+
+if __name__ == "__main__":
+    main()
