@@ -259,12 +259,13 @@ class SummaryTask:
 
 def summarize(trajectories, student, tokenizer, cfg, generator):
     """Write up finished trajectories. Returns [(trajectory, Skill)] and the number of failures."""
-    if cfg.summarizer == "rules":              # the embedded model cannot write; see sokoban_env.analyse
+    rules = cfg.summarizer == "rules" or cfg.summarizer == "auto" and cfg.model == "tiny"
+    if rules:                                  # the embedded model cannot write; see sokoban_env.analyse
         texts = [json.dumps(sokoban_env.analyse(t.messages)) for t in trajectories]
     else:                                      # DEVIATION: the paper asks an external model, meanwhile
         own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens)
         tasks = [SummaryTask(t) for t in trajectories]
-        texts = [t.messages[-1]["content"] for t in
+        texts = [t.messages[1]["content"] for t in
                  rollout(student, tokenizer, tasks, own, generator=generator, desc="skills")]
     written, failed = [], 0
     for trajectory, text in zip(trajectories, texts):
@@ -1077,6 +1078,7 @@ def tiny_model(tokenizer, seed):
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            initializer_range=0.1,             # the usual 0.02 leaves so narrow a model on a plateau
             tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
 
@@ -1119,7 +1121,7 @@ def warm_start(model, tokenizer, world, cfg):
     for step, batch in enumerate(tqdm(batches, desc="warm start", disable=None)):
         done = step / len(batches)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.warm_lr * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = cfg.warm_lr * min(1, 10 * (step + 1) / len(batches)) * (1 + math.cos(math.pi * done)) / 2
         trajectories, skills, targets = zip(*batch)
         logits, _ = action_logits(model, tokenizer, trajectories, skills)
         logp = F.log_softmax(logits, dim=-1).view(-1, 2, logits.shape[-1])     # (turns, move then end, V)
