@@ -31,7 +31,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     dynamic synchronisation             sync_teacher             test_sync_teacher
     the algorithm                       train                    test_every_method_trains
 
-    python skill_sd.py                          the demo: warm start, train, table   (about 8 minutes)
+    python skill_sd.py                          the demo: warm start, train, table
     python skill_sd.py --method all --seeds 5   every method and ablation, one table
     python skill_sd.py --eval runs/NAME         play the held-out levels with a finished student
     python skill_sd.py --show-prompts           student's and teacher's tokens, side by side
@@ -51,12 +51,15 @@ import random
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -69,7 +72,7 @@ import sokoban_env
 
 @dataclass
 class Config:
-    """Every setting and its default. The command line is made from this: --lam 0.001, --max-turns 40."""
+    """Every setting. The command line is made from this: --lam 0.001, --max-turns 40."""
     method: str = "skill_sd"         # a row of METHODS, or `all`
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
@@ -103,6 +106,7 @@ class Config:
     summary_tokens: int = 400        # answer length of a summarizing language model    CHOICE
 
     # -- the world
+    env: str = "sokoban"             # sokoban, or appworld (see the README; not for the tiny model)
     size: int = 6                    # room size, walls included, as in the paper
     boxes: int = 2                   # boxes per room, as in the paper
     min_moves: int = 4               # shortest optimal solution                        CHOICE
@@ -146,12 +150,13 @@ def check(cfg):
     """ValueError naming the field, the value and what would be right."""
     choices = dict(method=[*METHODS, "all"], skill_reader=["teacher", "student", "nobody"],
                    actor=["student", "teacher"], split=["test", "val"],
-                   summarizer=["auto", "rules", "self"])
+                   summarizer=["auto", "rules", "self"], env=["sokoban", "appworld"])
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"{name}={getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
-    positive = ("save_every seeds group_size tasks_per_iteration updates_per_iteration temperature lr max_grad_norm "
-                "adv_eps bank_size max_turns train_levels test_levels max_new_tokens max_context "
+    positive = ("save_every seeds group_size tasks_per_iteration updates_per_iteration "
+                "temperature lr max_grad_norm adv_eps bank_size max_turns train_levels "
+                "test_levels max_new_tokens max_context "
                 "rollout_batch micro_batch_tokens warm_batch summary_tokens").split()
     for name in (f.name for f in dataclasses.fields(cfg)):
         value = getattr(cfg, name)
@@ -160,14 +165,17 @@ def check(cfg):
         if name in positive and not value:
             raise ValueError(f"{name}={value}: must be above 0")
     if cfg.group_size < 2 and cfg.reward_weight:
-        raise ValueError(f"group_size={cfg.group_size}: the advantage of one rollout alone is always 0; "
-                         "use 2 or more")
+        raise ValueError(f"group_size={cfg.group_size}: the advantage of one rollout alone is "
+                         "always 0; use 2 or more")
     if cfg.tasks_per_iteration > cfg.train_levels:
         raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: at most train_levels="
                          f"{cfg.train_levels}")
     if cfg.actor == "teacher" and cfg.skill_reader != "teacher":
-        raise ValueError(f"actor={cfg.actor!r} with skill_reader={cfg.skill_reader!r}: a teacher that "
-                         "acts must be the one that reads the skill")
+        raise ValueError(f"actor={cfg.actor!r} with skill_reader={cfg.skill_reader!r}: a teacher "
+                         "that acts must be the one that reads the skill")
+    if cfg.summarizer == "rules" and cfg.env != "sokoban":
+        raise ValueError(f"summarizer='rules' with env={cfg.env!r}: the analyst knows Sokoban only; "
+                         "use self")
     if not cfg.reward_weight and not cfg.lam:
         raise ValueError("reward_weight=0 with lam=0: nothing would be learned; set one of them")
     return cfg
@@ -203,8 +211,8 @@ the next attempt at the same task: short, concrete, and true to what the transcr
 
 Answer with one JSON object and nothing else. It has exactly these three fields, each a string:
 "success_analysis": which choices were right, and why (at most three sentences).
-"mistake_analysis": where the attempt failed or lost time: a wrong assumption, an unchecked argument, \
-a step that could not be undone (at most three sentences).
+"mistake_analysis": where the attempt failed or lost time: a wrong assumption, an unchecked \
+argument, a step that could not be undone (at most three sentences).
 "golden_workflow": the procedure to follow next time, as short ordered steps.
 
 Do not retell the transcript. If the attempt failed, say what to do instead.
@@ -259,11 +267,12 @@ class SummaryTask:
 
 def summarize(trajectories, student, tokenizer, cfg, generator):
     """Write up finished trajectories. Returns [(trajectory, Skill)] and the number of failures."""
-    rules = cfg.summarizer == "rules" or cfg.summarizer == "auto" and cfg.model == "tiny"
-    if rules:                                  # the embedded model cannot write; see sokoban_env.analyse
+    tiny = cfg.model == "tiny" and cfg.env == "sokoban"
+    if cfg.summarizer == "rules" or cfg.summarizer == "auto" and tiny:     # too small to write
         texts = [json.dumps(sokoban_env.analyse(t.messages)) for t in trajectories]
-    else:                                      # DEVIATION: the paper asks an external model, meanwhile
-        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens)
+    else:                                      # DEVIATION: the paper asks an external model
+        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens,
+                                  max_context=2 * cfg.max_context + cfg.summary_tokens)
         tasks = [SummaryTask(t) for t in trajectories]
         texts = [t.messages[1]["content"] for t in
                  rollout(student, tokenizer, tasks, own, generator=generator, desc="skills")]
@@ -305,7 +314,7 @@ class SkillBank:
         return entry["reward_sum"] / entry["picks"] + bonus
 
     def select(self, task_id):
-        """The entry of the highest score, the oldest among equals; None for a task without skills."""
+        """The entry of the highest score, the oldest among equals; None without skills."""
         entries = self.entries.get(task_id, [])
         total_picks = sum(e["picks"] for e in entries)
         return max(entries, key=lambda e: self.score(e, total_picks), default=None)
@@ -331,7 +340,8 @@ class SkillBank:
             tried = [e for e in entries if e["picks"]] or entries
             worst = min(tried, key=lambda e: e["reward_sum"] / max(e["picks"], 1))
             entries[:] = [e for e in entries if e is not worst]
-        entries.append(dict(skill=skill, picks=0, reward_sum=0.0, source_reward=float(source_reward)))
+        entries.append(dict(skill=skill, picks=0, reward_sum=0.0,
+                            source_reward=float(source_reward)))
         return True
 
     def __len__(self):
@@ -362,14 +372,15 @@ class Chat:
     def __init__(self, tokenizer, eos_ids=()):
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
-            raise ValueError(f"model={tokenizer.name_or_path!r} has no chat template; use an instruct model")
+            raise ValueError(f"model={tokenizer.name_or_path!r} has no chat template; "
+                             "use an instruct model")
         s, u, a, v = (f"\u00a7{name}\u00a7" for name in ("system", "task", "answer", "next"))
         turns = [dict(role="user", content=u), dict(role="assistant", content=a),
                  dict(role="user", content=v)]
         try:
             text = self.template([dict(role="system", content=s), *turns])
             self.fold_system = False
-        except Exception:                      # a template without a system role: it goes to the task
+        except TemplateError:                  # no system role: its text goes above the task
             text = self.template(turns)
             self.fold_system = True
         has_system = s in text                 # the template may also leave it out, as our own does
@@ -380,23 +391,26 @@ class Chat:
         self.has_system = has_system
         self.before, self.between, self.header, self.turn_end = (
             self.encode(t, control=True) for t in (before, between, header, turn_end))
-        assert self.encode(rest, control=True) == self.header, "template changes after the first turn"
+        assert self.encode(rest, control=True) == self.header, "template changes between turns"
         # A turn may end on any eos id, and on the token that the template itself puts there.
         self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
         if self.turn_end and self.turn_end[0] in tokenizer.all_special_ids:
             self.eos_ids.add(self.turn_end[0])
 
     def template(self, messages):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                  add_generation_prompt=True)
 
     def encode(self, text, control=False):
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control)
+        return self.tokenizer.encode(text, add_special_tokens=False,
+                                     split_special_tokens=not control)
 
     def prompt(self, system, task, skill=None, max_skill_tokens=None):
-        """Ids up to the first answer. With `skill` the teacher's prompt, without it the student's."""
+        """Ids up to the first answer: with `skill` the teacher's, without it the student's."""
         skill_ids = []
         if skill is not None:
-            skill_ids = self.encode(SKILL_TEXT.format(**dataclasses.asdict(skill)))[:max_skill_tokens]
+            text = SKILL_TEXT.format(**dataclasses.asdict(skill))
+            skill_ids = self.encode(text)[:max_skill_tokens]
         if self.fold_system:
             task = f"{system}\n\n{task}"
         system_ids = self.encode(system) if self.has_system else []
@@ -426,9 +440,10 @@ class Trajectory:
     task_id: str
     system: str                      # system prompt
     task: str                        # first user message, without any skill
+    prompt_length: int = 0           # tokens of the plain prompt
     ids: list = field(default_factory=list)       # (T_all,) answers and observations
     mask: list = field(default_factory=list)      # (T_all,) True where the actor sampled the token
-    logps: list = field(default_factory=list)     # (T,) log-prob of each sampled token, when sampled
+    logps: list = field(default_factory=list)     # (T,) their log-probs, as sampled
     messages: list = field(default_factory=list)  # the conversation as text
     turns: int = 0
     reward: float = 0.0              # completion rate R_i in [0, 1]
@@ -474,75 +489,89 @@ class CachedForward:
         self.cache.batch_select_indices(index)
 
 
+def try_each(calls, concurrent):
+    """Run each call: [(value, "")], or (None, what it raised). In threads if `concurrent`."""
+    def guarded(call):
+        try:
+            return call(), ""
+        except Exception as error:             # reported with the episode, counted, left out
+            return None, repr(error)
+    if not concurrent or len(calls) < 2:
+        return [guarded(call) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(guarded, calls))
+
+
 @torch.no_grad()
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc="rollout"):
-    """Play one episode in every environment, all of them as one batch.
+    """Play one episode in every environment, all of them as one batch, and close them.
 
     model samples from its full softmax at cfg.temperature, or takes the likeliest token (`greedy`);
     skills: one Skill or None per environment, shown to whoever acts here; generator: a
     torch.Generator on the model's device. Returns a list[Trajectory] in the order of `envs`. An
-    environment that raises ends its own episode with `error` set. Does not close the environments.
+    environment that raises ends its own episode with `error` set, and costs nobody else's.
     """
     model.eval()
     chat = Chat(tokenizer, eos_ids(model))
     skills = skills or [None] * len(envs)
-    limit = cfg.max_context - cfg.max_skill_tokens             # so that every prompt's version fits
+    limit = cfg.max_context - cfg.max_skill_tokens             # so that either prompt leaves room
+    concurrent = any(getattr(env, "concurrent", False) for env in envs)
     trajectories, chunks, rows = [], [], []                    # rows: environments still playing
-    for i, (env, skill) in enumerate(zip(envs, skills)):
-        t = Trajectory(env.task_id, env.system_prompt, "")
+    for i, (task, error) in enumerate(try_each([env.reset for env in envs], concurrent)):
+        t = Trajectory(envs[i].task_id, envs[i].system_prompt, task, error=error)
         trajectories.append(t)
-        try:
-            t.task = env.reset()
-        except Exception as error:
-            t.error = f"reset: {error!r}"
+        if error:
             continue
-        t.say("user", t.task)
-        prompt = chat.prompt(t.system, t.task, skill, cfg.max_skill_tokens)
-        plain = prompt if skill is None else chat.prompt(t.system, t.task)
-        t.prompt_length = len(plain)
-        if len(plain) + cfg.max_new_tokens > limit:
-            raise ValueError(f"max_context={cfg.max_context}: the prompt of {t.task_id} has {len(plain)} "
-                             f"tokens; with max_skill_tokens={cfg.max_skill_tokens} and max_new_tokens="
-                             f"{cfg.max_new_tokens} at least "
-                             f"{len(plain) + cfg.max_new_tokens + cfg.max_skill_tokens} are needed")
+        t.say("user", task)
+        t.prompt_length = len(chat.prompt(t.system, t.task))
+        needed = t.prompt_length + cfg.max_new_tokens
+        if needed > limit:
+            raise ValueError(
+                f"max_context={cfg.max_context}: the prompt of {t.task_id}, an answer and a skill "
+                f"need {needed + cfg.max_skill_tokens} (see max_new_tokens, max_skill_tokens)")
         rows.append(i)
-        chunks.append(prompt)
+        chunks.append(chat.prompt(t.system, t.task, skills[i], cfg.max_skill_tokens))
     forward = CachedForward(model, cfg.temperature)
     progress = tqdm(total=len(envs), desc=desc, leave=False, disable=None)
     while rows:
-        answers = sample_answers(forward, chunks, chat.eos_ids, cfg.max_new_tokens, generator, greedy)
-        still, chunks = [], []
-        for row, (i, (ids, logps)) in enumerate(zip(rows, answers)):
-            t, env, ended = trajectories[i], envs[i], ids[-1] in chat.eos_ids
+        answers = sample_answers(forward, chunks, chat.eos_ids, cfg.max_new_tokens, generator,
+                                 greedy)
+        for i, (ids, logps) in zip(rows, answers):
+            t = trajectories[i]
             t.add_tokens(ids, sampled=True)
             t.logps += logps
             t.turns += 1
-            t.counts["cut"] = t.counts.get("cut", 0) + (not ended)
-            response = tokenizer.decode(ids, skip_special_tokens=True)
-            t.say("assistant", response)
-            try:
-                observation, done = env.step(response)
-            except Exception as error:
-                t.error, done = f"step {t.turns}: {error!r}", True
+            t.counts["cut_answers"] = t.counts.get("cut_answers", 0) + (ids[-1] not in chat.eos_ids)
+            t.say("assistant", tokenizer.decode(ids, skip_special_tokens=True))
+        steps = try_each([partial(envs[i].step, trajectories[i].messages[-1]["content"])
+                          for i in rows], concurrent)
+        still, chunks = [], []
+        for row, (i, (ids, _), (outcome, error)) in enumerate(zip(rows, answers, steps)):
+            t = trajectories[i]
+            if error:
+                t.error = f"turn {t.turns}: {error}"
                 continue
+            observation, done = outcome
             t.say("user", observation)
-            following = chat.next_turn(observation, ended)
+            following = chat.next_turn(observation, ended=ids[-1] in chat.eos_ids)
             length = t.prompt_length + len(t.ids) + len(following) + cfg.max_new_tokens
             if not done and length > limit:
                 t.counts["truncated"] = 1
             elif not done:
                 t.add_tokens(following, sampled=False)
                 still.append(row)
-                chunks.append(ids[-1:] + following)            # the last token has not been read yet
+                chunks.append(ids[-1:] + following)            # the last token is unread yet
         progress.update(len(rows) - len(still))
         if still and len(still) < len(rows):
             forward.keep(still)
         rows = [rows[row] for row in still]
     progress.close()
-    for t, env in zip(trajectories, envs):
-        if not t.error:
-            t.reward = env.completion()
-            t.counts.update(env.counts)
+    playing = [(t, env) for t, env in zip(trajectories, envs) if not t.error]
+    scores = try_each([env.completion for _, env in playing], concurrent)
+    for (t, env), (reward, error) in zip(playing, scores):
+        t.reward, t.error = (0.0, f"completion: {error}") if error else (reward, "")
+        t.counts.update(env.counts)
+    try_each([env.close for env in envs], concurrent)          # the scores are in
     return trajectories
 
 
@@ -588,16 +617,18 @@ def action_logits(model, tokenizer, trajectories, skills=None, max_skill_tokens=
     ids = padded(rows, 0)                                                            # (B, L)
     sampled = padded([[False] * len(p) + t.mask for p, t in zip(prompts, trajectories)], False)
     before = sampled.roll(-1, dims=1)              # the position that predicts each action token
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][before],))
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][before],))        # (n, H)
     try:
-        # Padding stands on the right, where causal attention cannot see it: no mask, which is faster.
+        # Padding stands on the right, where causal attention cannot see it: no mask is needed.
         logits = model(input_ids=ids, use_cache=False).logits                        # (n, V)
     finally:
         hook.remove()
     return logits.float(), ids[sampled]
 
 
-def response_logps(model, tokenizer, trajectories, temperature=1.0, skills=None, max_skill_tokens=None):
+def response_logps(model, tokenizer, trajectories, temperature=1.0, skills=None,
+                   max_skill_tokens=None):
     """Log-probs of the action tokens: logp (B, T) and mask (B, T), T the most actions in a row.
 
     Column t is the t-th action token of the row, wherever it stands in the conversation: student
@@ -611,7 +642,7 @@ def response_logps(model, tokenizer, trajectories, temperature=1.0, skills=None,
 
 
 def micro_batches(trajectories, max_tokens):
-    """Lists of indices, similar lengths together, each at most max_tokens when padded (or one row)."""
+    """Lists of indices, similar lengths together; padded at most max_tokens, or one row."""
     batches = [[]]
     for i in sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids)):
         t = trajectories[i]
@@ -676,12 +707,13 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     """
     mask = mask.bool()
     # Eq. 10: l = log pi_student - log pi_teacher        Eq. 11: rho = pi_student / pi_old
-    log_ratio = torch.where(mask, logp_student.double() - logp_teacher.detach().double(), 0.0)  # (B, T)
-    rho = torch.where(mask, logp_student.double() - logp_old.detach().double(), 0.0).exp()      # (B, T)
+    p, q, old = logp_student.double(), logp_teacher.detach().double(), logp_old.detach().double()
+    log_ratio = torch.where(mask, p - q, 0.0)                                        # (B, T)
+    rho = torch.where(mask, p - old, 0.0).exp()                                      # (B, T)
     # Eq. 12: k3 = exp(-l) - 1 + l
     k3 = torch.expm1(-log_ratio) + log_ratio
-    # Autograd of rho * k3 subtracts two numbers of size exp(-l) to get rho * l; so its value is kept
-    # and its gradient written down: d(rho * k3)/dlogp = rho * l.
+    # Autograd of rho * k3 subtracts two numbers of size exp(-l) to get rho * l. So its value is
+    # kept and its gradient written down: d(rho * k3)/dlogp = rho * l.
     value, gradient = (rho * k3).detach(), (rho * log_ratio).detach()
     slope = torch.where(mask, logp_student - logp_student.detach(), 0.0)             # 0, gradient 1
     # Eq. 13: the mean over the N action tokens
@@ -715,7 +747,8 @@ def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
         rows = [wanted[j] for j in group]
         if rows:
             logp, mask = response_logps(teacher, tokenizer, [trajectories[i] for i in rows],
-                                        cfg.temperature, [skills[i] for i in rows], cfg.max_skill_tokens)
+                                        cfg.temperature, [skills[i] for i in rows],
+                                        cfg.max_skill_tokens)
             for i, row, used in zip(rows, logp, mask):
                 logps[i] = row[used]
     return logps
@@ -743,7 +776,8 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
             if epoch == 0:                     # theta is theta_old still: this is logp_old, exactly
                 for i, row, used in zip(rows, logp.detach(), mask):
                     logp_old[i] = row[used]
-            old = torch.zeros_like(logp).masked_scatter(mask, torch.cat([logp_old[i] for i in rows]))
+            known = torch.cat([logp_old[i] for i in rows])
+            old = torch.zeros_like(logp).masked_scatter(mask, known)
             share = mask.sum() / n_tokens
             pg = grpo_loss(logp, old, adv[rows].to(logp.device), mask, cfg.clip_low, cfg.clip_high)
             loss = cfg.reward_weight * pg
@@ -776,56 +810,61 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
 
 
 def pick_tasks(levels, cfg, k):
-    """The task indices of iteration k; the curriculum opens the list from its easy end."""
+    """The tasks of iteration k, all different; the curriculum opens the list from its easy end."""
     opened = 1.0 if not cfg.curriculum else 0.25 + 0.75 * k / (cfg.curriculum * cfg.iterations)
     n = min(len(levels), max(cfg.tasks_per_iteration, round(opened * len(levels))))
-    return random.Random(derived_seed(cfg.seed, "tasks", k)).sample(range(n), cfg.tasks_per_iteration)
+    rng = random.Random(derived_seed(cfg.seed, "tasks", k))
+    return [levels[i] for i in rng.sample(range(n), cfg.tasks_per_iteration)]
+
+
+def write_skills(bank, groups, student, tokenizer, cfg, generator):
+    """Write up the best and the worst trajectory of each group (CHOICE). Returns failures."""
+    chosen = [pick(group, key=lambda t: (t.reward, -t.turns)) for group in groups if group
+              for pick in (max, min)]
+    written, failed = summarize(chosen, student, tokenizer, cfg, generator)
+    for trajectory, skill in written:
+        bank.add(trajectory.task_id, skill, trajectory.reward)
+    return failed
 
 
 def train(cfg):
     """The paper's algorithm. Returns the final metrics, and writes all of the run to its folder."""
-    run = RunFolder(cfg)
-    world = make_world(cfg)
+    run, world = RunFolder(cfg), make_world(cfg)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
     bank = SkillBank(cfg.ucb_c, cfg.bank_size)
-    uses_skills = cfg.skill_reader != "nobody"
+    uses_skills, teacher_acts = cfg.skill_reader != "nobody", cfg.actor == "teacher"
     base, first = run.load(student, teacher, optimizer, bank)
     if base is None:
-        base = evaluate_both(student, tokenizer, world, cfg)
+        base = evaluate(student, tokenizer, world, cfg)
 
-    for k in tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=run.path.name):
-        times = [time.perf_counter()]
-        generator = make_generator(student, cfg.seed, "rollout", k)
+    for k in tqdm(range(first, cfg.iterations), run.path.name, initial=first,
+                  total=cfg.iterations):
+        times, generator = [time.perf_counter()], make_generator(student, cfg.seed, "rollout", k)
 
         # 1. theta_old <- theta (held as logp_old, see update); theta-bar <- theta
         synced = cfg.sync_every > 0 and k % cfg.sync_every == 0
         if synced:
             sync_teacher(teacher, student)
 
-        # 2. S(x) <- UCB(B(x)); G trajectories per task, under the plain prompt
-        tasks = [world.train[i] for i in pick_tasks(world.train, cfg, k)]
-        entries = [bank.select(task.task_id) for task in tasks]
-        decided = [bank.decided(task.task_id) for task, entry in zip(tasks, entries) if entry]
-        envs = [world.make_env(task) for task in tasks for _ in range(cfg.group_size)]
+        # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
+        tasks = pick_tasks(world.train, cfg, k)
+        ids = [world.make_env(task).task_id for task in tasks]
+        decided = [bank.decided(x) for x in ids if bank.select(x)]
+        entries = [bank.select(x) for x in ids]
         skills = [entry and entry["skill"] for entry in entries for _ in range(cfg.group_size)]
-        teacher_acts = cfg.actor == "teacher"
         in_student = skills if cfg.skill_reader == "student" else None
-        episodes = rollout(teacher if teacher_acts else student, tokenizer, envs, cfg,
-                           skills if teacher_acts else in_student, generator)
-        for env in envs:
-            env.close()
+        episodes = play(teacher if teacher_acts else student, tokenizer, world,
+                        [task for task in tasks for _ in range(cfg.group_size)], cfg,
+                        skills if teacher_acts else in_student, generator)
         times.append(time.perf_counter())
 
-        # 3. rewards, group advantages
-        valid = torch.tensor([not t.error for t in episodes])
-        rewards = torch.tensor([t.reward for t in episodes])
-        adv = group_advantages(rewards, cfg.group_size, cfg.adv_eps, valid)
-        kept = [i for i, t in enumerate(episodes) if not t.error]
-        if not kept:
-            raise RuntimeError(f"iteration {k}: every environment failed; the first said "
-                               f"{episodes[0].error}")
+        # 3. rewards, group advantages; an episode whose world died is left out
+        valid = [not t.error for t in episodes]
+        adv = group_advantages([t.reward for t in episodes], cfg.group_size, cfg.adv_eps, valid)
+        kept = [i for i, ok in enumerate(valid) if ok]
         batch, kept_skills = [episodes[i] for i in kept], [skills[i] for i in kept]
 
         # 4. the teacher re-scores the student's tokens under x + S(x)
@@ -839,43 +878,36 @@ def train(cfg):
                          in_student and kept_skills, cfg)
         times.append(time.perf_counter())
 
-        # 6. credit the picks, then write new skills: they are in the bank from iteration k + 1 on
+        # 6. credit the picks, then write new skills: they can be picked from iteration k + 1 on
         groups = [[t for t in episodes[g:g + cfg.group_size] if not t.error]
                   for g in range(0, len(episodes), cfg.group_size)]
         for entry, group in zip(entries, groups):
             if entry and group:
                 bank.credit(entry, np.mean([t.reward for t in group]))
-        failed = 0
         if uses_skills:
-            # CHOICE: the best and the worst trajectory of each group are written up, one skill each.
-            chosen = [pick(group, key=lambda t: (t.reward, -t.turns)) for group in groups if group
-                      for pick in (max, min)]
-            written, failed = summarize(chosen, student, tokenizer, cfg, generator)
-            for trajectory, skill in written:
-                bank.add(trajectory.task_id, skill, trajectory.reward)
+            failed = write_skills(bank, groups, student, tokenizer, cfg, generator)
+            metrics |= dict(skill_share=np.mean([e is not None for e in entries]),
+                            bank_skills=len(bank), skills_failed=failed)
         times.append(time.perf_counter())
 
         metrics |= dict(
-            iteration=k, reward=rewards[valid].mean().item(),
+            iteration=k, reward=np.mean([t.reward for t in batch]),
             success=np.mean([t.reward == 1.0 for t in batch]),
+            turns=np.mean([t.turns for t in batch]),
             zero_spread_groups=sum(len({t.reward for t in group}) <= 1 for group in groups),
-            turns=np.mean([t.turns for t in batch]), failed_episodes=len(episodes) - len(batch),
+            failed_episodes=len(episodes) - len(batch),
             tokens_per_second=metrics["action_tokens"] / (times[-1] - times[0]))
+        if decided:
+            metrics["ucb_decided"] = np.mean(decided)
         for name, begin, end in zip(("rollout", "teacher", "update", "skills"), times, times[1:]):
             metrics[f"seconds_{name}"] = end - begin
         for name in {name for t in batch for name in t.counts}:
             metrics[f"count_{name}"] = sum(t.counts.get(name, 0) for t in batch)
-        if uses_skills:
-            metrics |= dict(skill_share=np.mean([e is not None for e in entries]),
-                            bank_skills=len(bank), skills_failed=failed)
-        if decided:
-            metrics["ucb_decided"] = np.mean(decided)
         run.log(metrics)
         if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
             run.save(student, teacher, optimizer, bank, base, k + 1)
 
-    final = evaluate_both(student, tokenizer, world, cfg)
-    return run.finish(student, tokenizer, bank, base, final)
+    return run.finish(student, tokenizer, bank, base, evaluate(student, tokenizer, world, cfg))
 
 
 # =============================================================================================
@@ -887,69 +919,71 @@ def make_generator(model, *parts):
     return torch.Generator(model.device).manual_seed(derived_seed(*parts))
 
 
-def evaluate(model, tokenizer, world, tasks, cfg, greedy=False, skills=None):
-    """Play each task once, under the plain prompt (unless `skills` are given): list[Trajectory].
+def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greedy=False):
+    """One episode of each task, at most cfg.rollout_batch at a time: list[Trajectory].
 
-    An episode whose environment died counts as completion 0.
+    RuntimeError if every environment failed; else those that did have `error` set.
     """
-    generator, trajectories = make_generator(model, cfg.seed, "evaluate"), []
+    trajectories = []
     for start in range(0, len(tasks), cfg.rollout_batch):
         rows = slice(start, start + cfg.rollout_batch)
         envs = [world.make_env(task) for task in tasks[rows]]
         trajectories += rollout(model, tokenizer, envs, cfg, skills and skills[rows], generator,
-                                greedy, desc="evaluation")
-        for env in envs:
-            env.close()
+                                greedy)
+    if all(t.error for t in trajectories):
+        raise RuntimeError(f"every environment failed; the first: {trajectories[0].error}")
     return trajectories
 
 
-def evaluate_both(model, tokenizer, world, cfg):
-    """Held-out completions, sampled at the training temperature and greedy: one number per task."""
-    return {name: [t.reward for t in evaluate(model, tokenizer, world, world.heldout, cfg, greedy)]
+def evaluate(model, tokenizer, world, cfg):
+    """Held-out completions under the plain prompt, one number per task, by way of playing: sampled
+    at the training temperature, and greedy. An episode whose world died counts as 0."""
+    return {name: [t.reward for t in play(model, tokenizer, world, world.heldout, cfg, None,
+                                          make_generator(model, cfg.seed, "evaluate"), greedy)]
             for name, greedy in (("sampled", False), ("greedy", True))}
 
 
-def mean_and_interval(values):
-    """Mean and half width of its 95 % interval: Student's t for a few seeds, 1.96 for many levels."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-    n = len(values)
-    if n < 2:
-        return float(values[0]), math.nan
-    return float(np.mean(values)), t.get(n, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n)
+def idle_completions(world):
+    """Completion of each held-out task before anything is done; it need not be 0."""
+    completions = []
+    for env in map(world.make_env, world.heldout):
+        env.reset()
+        completions.append(env.completion())
+        env.close()
+    return completions
 
 
 def percent(values):
-    mean, half = mean_and_interval(values)
-    return f"{100 * mean:5.1f}" + ("       " if math.isnan(half) else f" ±{100 * half:4.1f} ")
+    """Mean and 95 % interval in percent: Student's t over a few seeds, 1.96 over many tasks."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+    n = len(values)
+    half = t.get(n, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return f"{100 * np.mean(values):5.1f} ±{100 * half:5.1f}"
 
 
 def print_table(results):
-    """results: [(method, seed, result)]. Intervals are over levels for one seed, else over seeds."""
-    def row(name, columns):
-        print(f"{name:<22}" + "  ".join(columns))
-
-    seeds = sorted({seed for _, seed, _ in results})
-    tasks = len(results[0][2]["base"]["sampled"])
-    print(f"\n{tasks} held-out tasks, {len(seeds)} seed(s); percent, ± 95 % interval over "
-          + ("seeds" if len(seeds) > 1 else "tasks"))
-    row("", [f"{play} {what:<5}" for play in ("sampled", "greedy ") for what in ("acc", "comp")])
-    measures = [(play, accuracy) for play in ("sampled", "greedy") for accuracy in (True, False)]
-
-    def values(result, stage, play, accuracy):
-        x = np.array(result[stage][play])
-        return (x == 1.0).astype(float) if accuracy else x
-
-    def column(runs, difference, *measure):
-        per_run = [values(r, "trained", *measure) - values(r, "base", *measure) if difference
-                   else values(r, "trained", *measure) for r in runs]
-        return percent([x.mean() for x in per_run] if len(runs) > 1 else per_run[0])
-
-    bases = {seed: dict(r, trained=r["base"]) for _, seed, r in results}
-    row("base", [column(list(bases.values()), False, *m) for m in measures])
-    for method in dict.fromkeys(method for method, _, _ in results):
-        runs = [r for name, _, r in results if name == method]
-        row(method, [column(runs, False, *m) for m in measures])
-        row("  minus base", [column(runs, True, *m) for m in measures])
+    """results: [(method, seed, result)]. Intervals are over tasks for one seed, else over seeds;
+    differences are paired, task by task."""
+    n_seeds = len({seed for _, seed, _ in results})
+    n_tasks = len(results[0][2]["base"]["sampled"])
+    columns = [(play, what) for play in ("sampled", "greedy") for what in ("acc", "comp")]
+    rows = {"base": []} | {method: [] for method, _, _ in results}     # name -> runs
+    for method, seed, result in results:
+        runs = {stage: {(play, what): np.equal(x, 1.0) * 1.0 if what == "acc" else np.array(x)
+                        for play, x in result[stage].items() for what in ("acc", "comp")}
+                for stage in ("base", "trained")}
+        rows[method].append(runs["trained"])
+        rows.setdefault(f"{method} - base", []).append(
+            {c: runs["trained"][c] - runs["base"][c] for c in columns})
+        if len(rows["base"]) < n_seeds and method == results[0][0]:
+            rows["base"].append(runs["base"])
+    print(f"\n{n_tasks} held-out tasks, {n_seeds} seed(s): percent ± 95 % interval over "
+          + ("seeds" if n_seeds > 1 else "tasks"))
+    print(f"{'':<26}" + "".join(f"{f'{play} {what}':<16}" for play, what in columns))
+    for name, runs in rows.items():
+        cells = [percent([run[c].mean() for run in runs] if n_seeds > 1 else runs[0][c])
+                 for c in columns]
+        print(f"{name:<26}" + "".join(f"{cell:<16}" for cell in cells))
 
 
 class RunFolder:
@@ -966,8 +1000,8 @@ class RunFolder:
         if known.exists():
             for name, value in json.loads(known.read_text()).items():
                 if name not in self.INCIDENTAL and settings.get(name) != value:
-                    raise ValueError(f"{name}={settings.get(name)!r}: the run in {self.path} was begun "
-                                     f"with {value!r}; give another --name, or delete that folder")
+                    raise ValueError(f"{name}={settings.get(name)!r}: the run in {self.path} was "
+                                     f"begun with {value!r}; give another --name or --out")
         self.write("config.json", settings)
 
     def write(self, name, data):
@@ -979,24 +1013,24 @@ class RunFolder:
             part.write_text(json.dumps(data, indent=1))
         os.replace(part, self.path / name)
 
-    def result(self):
-        file = self.path / "result.json"
+    def read(self, name):
+        file = self.path / name
         return json.loads(file.read_text()) if file.exists() else None
 
     def log(self, metrics):
         with open(self.path / "log.jsonl", "a") as file:
-            file.write(json.dumps({k: v if isinstance(v, int) else float(v) for k, v in
-                                   metrics.items()}) + "\n")
+            file.write(json.dumps({k: v if isinstance(v, int) else float(v)
+                                   for k, v in metrics.items()}) + "\n")
 
     def save(self, student, teacher, optimizer, bank, base, iteration):
         self.write("checkpoint.pt", dict(
-            student=student.state_dict(), teacher=teacher.state_dict(), base=base, iteration=iteration,
-            optimizer=optimizer.state_dict(), bank=bank.state_dict()))
+            student=student.state_dict(), teacher=teacher.state_dict(), bank=bank.state_dict(),
+            optimizer=optimizer.state_dict(), base=base, iteration=iteration))
 
     def load(self, student, teacher, optimizer, bank):
-        """Fill in the last checkpoint, if any. Returns (base, first iteration): (None, 0) at the start.
+        """Fill in the last checkpoint. Returns (base, first iteration), (None, 0) without one.
 
-        Every random draw is derived from the seed and the iteration, so there is no other state.
+        Every random draw is derived from the seed and the iteration: there is no other state.
         """
         file, log, base, first = self.path / "checkpoint.pt", self.path / "log.jsonl", None, 0
         if file.exists():
@@ -1006,7 +1040,7 @@ class RunFolder:
                 part.load_state_dict(state[name])
             base, first = state["base"], state["iteration"]
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(lines[:first]))                 # later ones are done again
+        log.write_text("".join(lines[:first]))                 # what comes after is done again
         return base, first
 
     def finish(self, student, tokenizer, bank, base, final):
@@ -1014,34 +1048,47 @@ class RunFolder:
         tokenizer.save_pretrained(self.path / "student")
         self.write("bank.json", bank.state_dict())
         self.write("result.json", dict(base=base, trained=final))
-        return self.result()
+        return self.read("result.json")
 
 
 # =============================================================================================
-# The world, and the embedded model of the demo with its warm start
+# The worlds
 # =============================================================================================
 
 @dataclass
 class World:
-    """Tasks to train on, easiest first, and held-out ones; both become environments by make_env."""
+    """Tasks to train on, easiest first, and held-out ones; make_env(task) is an environment."""
     train: list
     heldout: list
-    make_env: object                 # task -> environment
-    all_tasks: list                  # what a warm start must stay clear of
+    make_env: object
+    all_tasks: list = ()             # what a warm start must stay clear of
 
 
 def make_world(cfg):
-    """Sokoban levels: training, validation and test sets disjoint up to rotation and reflection."""
+    """Sokoban: training, validation and test levels, disjoint up to rotation and reflection.
+    AppWorld: its train and dev splits."""
+    if cfg.env == "appworld":
+        import appworld_adapter
+        train_tasks = appworld_adapter.task_ids("train")
+        if cfg.tasks_per_iteration > len(train_tasks):
+            raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: the data has "
+                             f"{len(train_tasks)} training tasks; ask for no more")
+        return World(train_tasks, appworld_adapter.task_ids("dev"),
+                     lambda task: appworld_adapter.AppWorldEnv(task, cfg.max_turns))
     kind = dict(size=cfg.size, boxes=cfg.boxes, min_moves=cfg.min_moves, max_moves=cfg.max_moves)
-    test, val = [], []
-    test = sokoban_env.generate_levels(cfg.test_levels, derived_seed("test", cfg.level_seed), **kind)
-    val = sokoban_env.generate_levels(cfg.test_levels, derived_seed("val", cfg.level_seed),
-                                      exclude=test, **kind)
-    train_levels = sokoban_env.generate_levels(cfg.train_levels, derived_seed("train", cfg.seed),
-                                               exclude=test + val, **kind)
-    return World(sorted(train_levels, key=lambda level: level.moves), test if cfg.split == "test" else val,
-                 lambda level: sokoban_env.SokobanEnv(level, cfg.max_turns), train_levels + test + val)
+    levels = []                                                # test, validation, training
+    for name, n, seed in (("test", cfg.test_levels, cfg.level_seed),
+                          ("val", cfg.test_levels, cfg.level_seed),
+                          ("train", cfg.train_levels, cfg.seed)):
+        levels.append(sokoban_env.generate_levels(n, derived_seed(name, seed),
+                                                  exclude=sum(levels, []), **kind))
+    return World(sorted(levels[2], key=lambda level: level.moves), levels[cfg.split == "val"],
+                 lambda level: sokoban_env.SokobanEnv(level, cfg.max_turns), sum(levels, []))
 
+
+# =============================================================================================
+# The embedded model of the demo, and its warm start
+# =============================================================================================
 
 TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
                  "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
@@ -1056,15 +1103,16 @@ def tiny_tokenizer(size):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, "Player none seen yet pushed a box to "
-             "where it is stuck boxes on goals in moves of at", " ".join(sokoban_env.MOVES)]
+    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, *sokoban_env.MOVES, "Player "
+             "none seen yet pushed a box to where it is stuck boxes on goals in moves of at"]
     words = [word for text in texts for word in re.findall(r"\w+", text)]
     cells = [f"{chr(ord('a') + c)}{r + 1}" for r in range(size) for c in range(size)]
     vocab = dict.fromkeys(control + list("=#_.$*@+") + words + cells + [str(n) for n in range(100)])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<|unk|>"))
+    ids = {word: i for i, word in enumerate(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.Replace(Regex(r"^#( #)*$"), "="), normalizers.Replace(Regex(r"^# | #$"), "")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w]+|[=#_.$*@+]"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[=#_.$*@+]"), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
         additional_special_tokens=control[2:4], chat_template=TINY_TEMPLATE)
@@ -1078,7 +1126,7 @@ def tiny_model(tokenizer, seed):
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-            initializer_range=0.1,             # the usual 0.02 leaves so narrow a model on a plateau
+            initializer_range=0.1,             # with the usual 0.02 so narrow a model hardly starts
             tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
 
@@ -1096,7 +1144,7 @@ def demonstration(tokenizer, system, messages, turns):
 
 
 def warm_start(model, tokenizer, world, cfg):
-    """Teach the tiny model to play weakly on its own and better with a skill: an instruct model in small.
+    """Teach the tiny model to play weakly on its own and better with a skill.
 
     Soft targets: (1 - e) on the solver's best moves, e spread over all four, with e = warm_noise
     under the plain prompt and warm_noise_skill under a skill. Rooms are none of the world's.
@@ -1109,24 +1157,26 @@ def warm_start(model, tokenizer, world, cfg):
     for messages, best, skill in tqdm(demos, desc="demonstrations", disable=None):
         skill = Skill(**skill) if rng.random() < 0.5 else None
         noise = cfg.warm_noise if skill is None else cfg.warm_noise_skill
-        target = [[noise / 4 + (1 - noise) * (m in good) / len(good) for m in range(4)] for good in best]
+        target = [[noise / 4 + (1 - noise) * (m in good) / len(good) for m in range(4)]
+                  for good in best]
         data.append((demonstration(tokenizer, "", messages, len(best)), skill, target))
     batches = []
-    for start in range(0, len(data), 50 * cfg.warm_batch):     # similar lengths together: less padding
+    for start in range(0, len(data), 50 * cfg.warm_batch):     # similar lengths: less padding
         window = sorted(data[start:start + 50 * cfg.warm_batch], key=lambda d: len(d[0].ids))
         window = [window[i:i + cfg.warm_batch] for i in range(0, len(window), cfg.warm_batch)]
         batches += rng.sample(window, len(window))
     move_ids = [tokenizer.convert_tokens_to_ids(move) for move in sokoban_env.MOVES]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.warm_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for step, batch in enumerate(tqdm(batches, desc="warm start", disable=None)):
-        done = step / len(batches)
+        done = (step + 1) / len(batches)                       # rise for a tenth, then a cosine
         for group in optimizer.param_groups:
-            group["lr"] = cfg.warm_lr * min(1, 10 * (step + 1) / len(batches)) * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = cfg.warm_lr * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
         trajectories, skills, targets = zip(*batch)
         logits, _ = action_logits(model, tokenizer, trajectories, skills)
-        logp = F.log_softmax(logits, dim=-1).view(-1, 2, logits.shape[-1])     # (turns, move then end, V)
-        target = torch.tensor(sum(targets, []), device=logp.device)            # (turns, 4)
-        loss = -((target * logp[:, 0, move_ids]).sum(-1) + logp[:, 1, tokenizer.eos_token_id]).mean()
+        logp = F.log_softmax(logits, dim=-1).view(-1, 2, logits.shape[-1])           # (turns, 2, V)
+        target = torch.tensor(sum(targets, []), device=logp.device)                  # (turns, 4)
+        move, end = logp[:, 0, move_ids], logp[:, 1, tokenizer.eos_token_id]
+        loss = -((target * move).sum(-1) + end).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1134,7 +1184,7 @@ def warm_start(model, tokenizer, world, cfg):
 
 
 def load_pretrained(path, cfg):
-    """(model, tokenizer) of a Hugging Face chat model; float32, or small updates would be rounded away."""
+    """(model, tokenizer) of a chat model; float32, or small updates would be rounded away."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     return model, AutoTokenizer.from_pretrained(path)
@@ -1146,8 +1196,8 @@ def load_model(cfg, world):
         return load_pretrained(cfg.model, cfg)
     names = ("seed size boxes min_moves max_moves max_turns train_levels test_levels level_seed "
              "warm_demos warm_batch warm_lr warm_noise warm_noise_skill").split()
-    code = [inspect.getsource(part) for part in (sokoban_env, tiny_tokenizer, tiny_model, demonstration,
-                                                 warm_start)]
+    code = [inspect.getsource(part) for part in (sokoban_env, tiny_tokenizer, tiny_model,
+                                                 demonstration, warm_start)]
     key = [[getattr(cfg, name) for name in names], code, SKILL_TEXT, torch.__version__]
     folder = Path(cfg.out) / f"warm-start-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     if not folder.exists():
@@ -1167,104 +1217,97 @@ def load_model(cfg, world):
 
 def show_prompts(cfg):
     """One task's student and teacher tokens side by side: only the skill differs."""
-    world, tokenizer = make_world(cfg), (tiny_tokenizer(cfg.size) if cfg.model == "tiny"
-                                         else AutoTokenizer.from_pretrained(cfg.model))
+    world = make_world(dataclasses.replace(cfg, env="sokoban"))
+    tokenizer = (tiny_tokenizer(cfg.size) if cfg.model == "tiny"
+                 else AutoTokenizer.from_pretrained(cfg.model))
     env, rng = world.make_env(world.train[0]), random.Random(cfg.seed)
-    messages, done = [dict(role="user", content=env.reset())], False
-    while not done and len(messages) < 6:                      # a few random turns will do
-        move = rng.choice(sokoban_env.MOVES)
-        observation, done = env.step(move)
-        messages += [dict(role="assistant", content=move), dict(role="user", content=observation)]
-    skill = Skill(**sokoban_env.analyse(messages))
-    t = demonstration(tokenizer, env.system_prompt, messages, len(messages) // 2)
-    chat = Chat(tokenizer)
-    student, teacher = (chat.prompt(t.system, t.task, s, cfg.max_skill_tokens) for s in (None, skill))
-    same = next((i for i, (a, b) in enumerate(zip(student, teacher)) if a != b), len(student))
-    print(f"{'student':<34}{'teacher':<34}action")
-    for i in range(len(teacher) + len(t.ids)):
-        extra = len(teacher) - len(student)
-        j = i if i < same else i - extra if i >= same + extra else None
-        action = i >= len(teacher) and t.mask[i - len(teacher)]
-        y = (teacher + t.ids)[i]
-        token = tokenizer.convert_ids_to_tokens(y)
-        left = "" if j is None else f"{j:>5} {y:>7}  {token}"
-        print(f"{left:<34}{f'{i:>5} {y:>7}  {token}':<34}{'<- scored' if action else ''}".rstrip())
+    messages, best = sokoban_env.play_noisily(env, sokoban_env.distances(env.level), rng, noise=0.3)
+    t = demonstration(tokenizer, env.system_prompt, messages, turns=min(3, len(best)))
+    skill, chat = Skill(**sokoban_env.analyse(messages)), Chat(tokenizer)
+    student = chat.prompt(t.system, t.task)
+    teacher = chat.prompt(t.system, t.task, skill, cfg.max_skill_tokens)
+    extra = len(teacher) - len(student)                        # length of the skill
+    start = next(i for i, (a, b) in enumerate(zip(student + [None], teacher)) if a != b)
+    print(f"{'student':<32}{'teacher':<32}")
+    for i, y in enumerate(teacher + t.ids):
+        token = f"{y:>7}  {tokenizer.convert_ids_to_tokens(y)}"
+        left = "" if start <= i < start + extra else f"{i - extra * (i >= start):>5}{token}"
+        scored = i >= len(teacher) and t.mask[i - len(teacher)]
+        print(f"{left:<32}{f'{i:>5}{token}':<32}{'<- action' if scored else ''}".rstrip())
 
 
-def evaluate_run(folder, cfg):
+def evaluate_run(folder, device):
     """Play the held-out tasks with the student of a finished run."""
-    settings = json.loads((Path(folder) / "config.json").read_text())
-    cfg = check(dataclasses.replace(Config(**settings), device=cfg.device))
-    if not (Path(folder) / "student").exists():
-        raise ValueError(f"eval={folder!r}: no student in that folder; it is written when a run ends")
-    world = make_world(cfg)
-    student, tokenizer = load_pretrained(Path(folder) / "student", cfg)
-    result = evaluate_both(student, tokenizer, world, cfg)
-    print_table([(cfg.method, cfg.seed, dict(base=RunFolder(cfg).result()["base"], trained=result))])
+    folder = Path(folder)
+    if not (folder / "student").exists():
+        raise ValueError(f"eval={str(folder)!r}: no student in it; a run writes that at its end")
+    cfg = Config(**json.loads((folder / "config.json").read_text()))
+    cfg = dataclasses.replace(cfg, device=device)
+    student, tokenizer = load_pretrained(folder / "student", cfg)
+    base = json.loads((folder / "result.json").read_text())["base"]
+    played = evaluate(student, tokenizer, make_world(cfg), cfg)
+    print_table([(cfg.method, cfg.seed, dict(base=base, trained=played))])
 
 
 def show_run(cfg):
-    """What a reader wants to see of a finished run: a solved level, a skill, the files."""
-    folder = Path(cfg.out) / (cfg.name or f"{cfg.method}-seed{cfg.seed}")
-    world = make_world(cfg)
+    """What a reader wants to see of a finished run: a solved task, a skill, the files."""
+    folder, world = RunFolder(cfg).path, make_world(cfg)
     student, tokenizer = load_pretrained(folder / "student", cfg)
-    played = evaluate(student, tokenizer, world, world.heldout[:32], cfg, greedy=True)
-    solved = max(played, key=lambda t: (t.reward, t.turns))
-    print(f"\nThe trained student, greedy, on held-out task {solved.task_id}: completion {solved.reward:.2f}")
-    for message in solved.messages:
-        print(message["content"] if message["role"] == "user" else f"  -> {message['content']}\n")
+    solved = max(play(student, tokenizer, world, world.heldout[:32], cfg, greedy=True),
+                 key=lambda t: (t.reward, t.turns))
+    print(f"\nHeld-out task {solved.task_id}, the trained student playing greedily, completion "
+          f"{solved.reward:.2f}:\n")
+    for m in solved.messages:
+        print(m["content"] if m["role"] == "user" else f"  -> {m['content']}\n")
     bank = json.loads((folder / "bank.json").read_text())
     entries = [entry for task in bank.values() for entry in task]
     if entries:
-        entry = max(entries, key=lambda e: (e["picks"], e["reward_sum"]))
-        print(f"\nA skill of the bank ({len(entries)} skills, {len(bank)} tasks), picked {entry['picks']} times:")
-        print(json.dumps(entry["skill"], indent=1))
-    print(f"\nFiles: {folder}/ (config.json, log.jsonl, result.json, bank.json, checkpoint.pt, student/)")
+        best = max(entries, key=lambda e: (e["source_reward"], e["picks"]))
+        print(f"\nOne of {len(entries)} skills of {len(bank)} tasks, picked {best['picks']} times:")
+        print(json.dumps(best["skill"], indent=1))
+    print(f"\nFiles: {folder}/config.json log.jsonl result.json bank.json checkpoint.pt student/")
 
 
-def run_all(cfg):
+def run_all(cfg, given):
     """Every (method, seed) asked for, each from the warm start of its seed, as one table."""
-    results = []
+    methods, results = list(METHODS) if cfg.method == "all" else [cfg.method], []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        for method in METHODS if cfg.method == "all" else [cfg.method]:
-            one = dataclasses.replace(cfg, method=method, seed=seed)
-            if cfg.method == "all":
-                one = dataclasses.replace(one, **METHODS[method])
-            result = RunFolder(check(one)).result() or train(one)
-            results.append((method, seed, result))
+        for method in methods:
+            # Defaults, then the method's row, then what was typed.
+            one = check(Config(**(METHODS[method] | given | dict(method=method, seed=seed))))
+            results.append((method, seed, RunFolder(one).read("result.json") or train(one)))
     print_table(results)
+    world = make_world(one)
+    print(f"completion of an agent that does nothing: {percent(idle_completions(world))}")
     return one
 
 
 def parse_args(argv=None):
-    """(Config, the parsed arguments): the command line is the fields of Config, their comments its help."""
-    parser = argparse.ArgumentParser(description="Skill-SD, arXiv 2604.10674: see the top of this file.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The typed settings, --eval, --show-prompts. Config's comments are the help texts."""
+    parser = argparse.ArgumentParser(description="Skill-SD: see the top of this file.")
     source = inspect.getsource(Config)
     for f in dataclasses.fields(Config):
-        comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +CHOICE)?$", source, re.MULTILINE).group(1)
+        comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +CHOICE)?$", source, re.MULTILINE)
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
-                            help=f"{comment} (default: {f.default!r})".replace("%", "%%"))
-    parser.add_argument("--eval", metavar="RUN", help="play the held-out tasks with a finished run's student")
-    parser.add_argument("--show-prompts", action="store_true", help="one task's two prompts, side by side")
-    args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if k not in ("eval", "show_prompts")}
-    # Defaults, then the method's row, then what was typed.
-    return Config(**{**METHODS.get(given.get("method", Config.method), {}), **given}), args
+                            help=f"{comment[1]} (default: {f.default!r})".replace("%", "%%"))
+    parser.add_argument("--eval", metavar="RUN", help="play held-out tasks with a run's student")
+    parser.add_argument("--show-prompts", action="store_true", help="both prompts, side by side")
+    given = vars(parser.parse_args(argv))
+    return given, given.pop("eval"), given.pop("show_prompts")
 
 
 def main():
+    given, run, prompts = parse_args()
     try:
-        cfg, args = parse_args()
-        check(cfg)
+        cfg = check(Config(**given))
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        if args.show_prompts:
+        if prompts:
             show_prompts(cfg)
-        elif args.eval:
-            evaluate_run(args.eval, cfg)
+        elif run:
+            evaluate_run(run, cfg.device)
         else:
-            show_run(run_all(cfg))
+            show_run(run_all(cfg, given))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

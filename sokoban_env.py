@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sokoban for language-model agents: rules, levels, an exact solver, text, demonstrations, the analyst.
+"""Sokoban for language-model agents: rules, levels, solver, text, demonstrations, the analyst.
 
 Standard library only. Everything an agent meets is text: a room with one glyph per cell and the
 player's cell, one move per answer. Levels are read and written in the standard XSB text:
@@ -30,7 +30,7 @@ LETTERS = "UDLR"
 
 @dataclass(frozen=True)
 class Level:
-    """One level. Cells are ints, row * width + column; `boxes` and `goals` are bit masks of cells."""
+    """One level. Cells are ints, row * width + column; `boxes`, `goals` are bit masks of cells."""
     width: int
     height: int
     walls: int                               # bit mask too; cells outside the walls count as wall
@@ -63,7 +63,7 @@ class Level:
 
 
 def push(level, player, boxes, step):
-    """(player, boxes) after moving by `step`, pushing at most one box; None when that is blocked."""
+    """(player, boxes) after moving by `step`, pushing at most one box; None if that is blocked."""
     cell = player + step
     if level.walls >> cell & 1:
         return None
@@ -110,20 +110,22 @@ def parse_level(xsb_text):
     while lines and not lines[-1]:
         lines.pop()
     rows = lines[first:]
-    if all(re.fullmatch(r"\S( \S)*", row) for row in rows):     # room text: a blank after each glyph
+    if all(re.fullmatch(r"\S( \S)*", row) for row in rows):     # room text: blanks between glyphs
         rows, column = [row[::2] for row in rows], lambda c: 2 * c + 1
     else:
         column = lambda c: c + 1
     if not rows:
-        raise ValueError("level is empty: expected XSB text, lines of '#', ' ', '.', '$', '*', '@', '+'")
+        raise ValueError("level is empty: expected XSB text, lines of '#', ' ', '.', '$', '*', "
+                         "'@', '+'")
     width, height = max(map(len, rows)), len(rows)
     masks = dict.fromkeys("wgbp", 0)
     players = []
     for r, row in enumerate(rows):
         for c, glyph in enumerate(row):
             if glyph not in "# -_.$*@+":
-                raise ValueError(f"line {first + r + 1}, column {column(c)}: unknown glyph {glyph!r}; "
-                                 "allowed are '#', ' ', '-', '_', '.', '$', '*', '@', '+'")
+                raise ValueError(f"line {first + r + 1}, column {column(c)}: unknown glyph "
+                                 f"{glyph!r}; allowed are '#', ' ', '-', '_', '.', '$', "
+                                 "'*', '@', '+'")
             bit = 1 << r * width + c
             masks["w"] |= bit * (glyph == "#")
             masks["g"] |= bit * (glyph in ".*+")
@@ -170,7 +172,7 @@ def flood(start, walls, width, height):
 
 
 def canonical(level):
-    """The least text among the level's eight rotations and reflections: equal levels, equal text."""
+    """The least text among the level's eight rotations and reflections, the same for all eight."""
     rows, best = glyph_rows(level, " "), None
     for _ in range(4):
         rows = ["".join(column) for column in zip(*rows[::-1])]            # a quarter turn
@@ -303,14 +305,16 @@ def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude
         raise ValueError(f"size={size}, boxes={boxes}: a room of that size (walls included) must "
                          "hold the player, the boxes and as many free goals")
     if not 1 <= min_moves <= max_moves:
-        raise ValueError(f"min_moves={min_moves}, max_moves={max_moves}: 1 <= min_moves <= max_moves")
+        raise ValueError(f"min_moves={min_moves}, max_moves={max_moves}: "
+                         "1 <= min_moves <= max_moves")
     rng, levels, misses = random.Random(seed), [], 0
     seen = {canonical(level) for level in exclude}
     while len(levels) < n:
         misses += 1
         if misses > 2000:
-            raise ValueError(f"no further level with size={size}, boxes={boxes}, min_moves={min_moves}, "
-                             f"max_moves={max_moves} in 2000 rooms (have {len(levels)} of n={n}): "
+            raise ValueError(f"no further level with size={size}, boxes={boxes}, "
+                             f"min_moves={min_moves}, max_moves={max_moves} in 2000 rooms "
+                             f"(have {len(levels)} of n={n}): "
                              "widen the range of moves, enlarge the room or ask for fewer")
         room = random_room(rng, size, boxes)
         if room is None:
@@ -336,11 +340,12 @@ SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
 
 The room is shown with one symbol per cell:
 # wall   _ floor   . goal   $ box   * box on a goal   @ you   + you on a goal
-Cells have names: a letter for the column (a is the leftmost) and a number for the row (1 is the top).
+Cells have names: a letter for the column (a is the leftmost) and a number for the row (1 is the \
+top).
 
-Each answer is one move: up, down, left or right. Moving into a box pushes it one cell, if the cell \
-behind it is free. Boxes cannot be pulled, and only one box can be pushed at a time: a box pushed \
-into a corner that is not a goal is lost.
+Each answer is one move: up, down, left or right. Moving into a box pushes it one cell, if the \
+cell behind it is free. Boxes cannot be pulled, and only one box can be pushed at a time: a box \
+pushed into a corner that is not a goal is lost.
 
 Think briefly if you need to, and end your answer with the move in tags, for example:
 <answer>up</answer>"""
@@ -373,10 +378,11 @@ class SokobanEnv:
         return self.observation()
 
     def observation(self, note=""):
-        return f"{note}\n{render(self.state)}\nPlayer: {self.state.cell_name(self.state.player)}".strip()
+        player = self.state.cell_name(self.state.player)
+        return f"{note}\n{render(self.state)}\nPlayer: {player}".strip()
 
     def step(self, response):
-        """One turn: the model's text in, (observation, done) out. An unreadable answer costs a turn."""
+        """One turn: the model's text in, (observation, done) out. An unreadable text costs one."""
         self.turn += 1
         move, note = parse_action(response), ""
         if move is None:
@@ -398,7 +404,7 @@ class SokobanEnv:
         """Nothing to give back: the world lives in this object."""
 
 
-# ------------------------------------------------------- the analyst, and demonstrations to learn from
+# ---------------------------------------------------- the analyst, and demonstrations to learn from
 
 def room_in(observation):
     """The room drawn in an observation, as a Level."""
@@ -426,13 +432,14 @@ def analyse(messages):
             break
     path = {}                                                  # state -> move made there
     for room, move in zip(rooms[:best], moves):
-        if (room.player, room.boxes) in path:                  # back in a known state: erase the loop
+        if (room.player, room.boxes) in path:                  # a known state: erase the loop
             known = list(path).index((room.player, room.boxes))
             path = dict(list(path.items())[:known])
         path[room.player, room.boxes] = move
     total = start.boxes.bit_count()
     return {
-        "success_analysis": f"{round(max(done) * total)} of {total} boxes on goals in {len(path)} moves",
+        "success_analysis": f"{round(max(done) * total)} of {total} boxes on goals "
+                            f"in {len(path)} moves",
         "mistake_analysis": mistake,
         "golden_workflow": ", ".join(f"{start.cell_name(player)} {MOVES[move]}" for
                                      (player, _), move in path.items() if move is not None)
@@ -460,7 +467,7 @@ def play_noisily(env, table, rng, noise):
 
 
 def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), per_room=8):
-    """n demonstrations to warm-start a model that knows nothing, in rooms that no level of `exclude` has.
+    """n demonstrations to warm-start a model, in rooms that no level of `exclude` has.
 
     Returns a list of (messages, best, skill): a noisy play, the best moves at each of its turns,
     and what the analyst wrote (a dict) after another noisy play of the same level.
@@ -499,7 +506,8 @@ def main():
         texts = re.split(r"\n\s*\n", Path(args.file).read_text().strip("\n"))
         levels = [parse_level(text) for text in texts]
     else:
-        levels = generate_levels(args.n, args.seed, args.size, args.boxes, args.min_moves, args.max_moves)
+        levels = generate_levels(args.n, args.seed, args.size, args.boxes, args.min_moves,
+                                 args.max_moves)
     keys = dict(zip("wsad", range(4)))
     print("w a s d: move   r: restart   o: replay the optimal solution   n: next level   q: quit")
     for number, start in enumerate(levels, 1):
@@ -507,7 +515,8 @@ def main():
         solution = solve(start)
         said = "no solution" if solution is None else f"optimal: {len(solution)} moves"
         while True:
-            print(f"\nlevel {number} of {len(levels)} ({start.task_id}), {said}, {taken} moves made")
+            print(f"\nlevel {number} of {len(levels)} ({start.task_id}), {said}, "
+                  f"{taken} moves made")
             print(render(level))
             if level.completion() == 1.0:
                 print("solved")

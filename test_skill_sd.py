@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""What must stay true. `python -m pytest -q` runs all of it on a CPU, about two minutes on two cores."""
+"""What must stay true. `python -m pytest -q` runs it on a CPU, about two minutes on two cores."""
+import copy
 import dataclasses
 import inspect
 import json
 import math
 import os
 import random
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
+import appworld_adapter
 import skill_sd
 import sokoban_env
+from appworld_adapter import AppWorldEnv, AppWorldError, noop_score
 from skill_sd import (Chat, Config, Skill, SkillBank, Trajectory, group_advantages, grpo_loss,
                       masked_mean, parse_skill, response_logps, rollout, sdl_loss, sync_teacher)
 from sokoban_env import MOVES, SokobanEnv, generate_levels, parse_level, solve
@@ -29,7 +38,8 @@ MICROBAN = [
     (1, "#####\n#@$.#\n#####"),
 ]
 SKILLS = [Skill("went up first", "none seen", "b2 up, b3 left"),
-          Skill("1 of 2 boxes on goals", "at c3 right pushed a box to d3 where it is stuck", "b2 down")]
+          Skill("1 of 2 boxes on goals", "at c3 right pushed a box to d3 where it is stuck",
+                "b2 down")]
 
 
 @pytest.fixture(autouse=True)
@@ -47,19 +57,21 @@ def tiny():
 def smallest(tmp_path, **settings):
     """A Config that trains in seconds and comes back to its tasks."""
     return Config(**(dict(
-        out=str(tmp_path), iterations=4, tasks_per_iteration=3, train_levels=3, test_levels=8, group_size=4,
-        max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800, warm_batch=8, lr=1e-2) | settings))
+        out=str(tmp_path), iterations=4, tasks_per_iteration=3, train_levels=3, test_levels=8,
+        group_size=4, max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800, warm_batch=8,
+        lr=1e-2) | settings))
 
 
 def played(tiny, n=6, max_turns=4, skills=None, **settings):
     """Trajectories of n ragged episodes of the tiny model."""
     model, tokenizer = tiny
-    envs = [SokobanEnv(level, 1 + i % max_turns) for i, level in enumerate(generate_levels(n, seed=3))]
+    envs = [SokobanEnv(level, 1 + i % max_turns)
+            for i, level in enumerate(generate_levels(n, seed=3))]
     cfg = Config(**settings)
     return rollout(model, tokenizer, envs, cfg, skills, torch.Generator().manual_seed(1)), cfg
 
 
-# ------------------------------------------------------------------ SDL: the gradient facts, by enumeration
+# ---------------------------------------------------------- SDL: the gradient facts, by enumeration
 
 def kl_gradients(logits, teacher):
     """Exact gradients of KL(student || teacher) and KL(teacher || student), by autograd."""
@@ -72,7 +84,8 @@ def kl_gradients(logits, teacher):
 def expected_gradient(logits, old, teacher, loss):
     """Gradient of E_{y ~ pi_old} loss(logp, logq, logp_old), each token of the vocabulary once."""
     logp, logq, logo = logits.log_softmax(-1), teacher.log_softmax(-1), old.log_softmax(-1)
-    total = sum(logo[y].exp().detach() * loss(logp[y], logq[y], logo[y]) for y in range(len(logits)))
+    total = sum(logo[y].exp().detach() * loss(logp[y], logq[y], logo[y])
+                for y in range(len(logits)))
     return torch.autograd.grad(total, logits)[0]
 
 
@@ -89,7 +102,8 @@ def naive_k3(logp, logq, rho):
 def vocabulary():
     """Logits of student, theta_old and teacher over seven tokens, far apart."""
     g = torch.Generator().manual_seed(5)
-    student, old, teacher = (1.5 * torch.randn(7, generator=g, dtype=torch.float64) for _ in range(3))
+    student, old, teacher = (1.5 * torch.randn(7, generator=g, dtype=torch.float64)
+                             for _ in range(3))
     return student.requires_grad_(), old, teacher
 
 
@@ -98,7 +112,8 @@ def test_sdl_with_rho_is_exactly_reverse_kl(vocabulary, at_theta_old):
     student, old, teacher = vocabulary
     old = student.detach() if at_theta_old else old
     reverse, _ = kl_gradients(student, teacher)
-    assert torch.allclose(expected_gradient(student, old, teacher, shipped_sdl), reverse, atol=1e-12)
+    shipped = expected_gradient(student, old, teacher, shipped_sdl)
+    assert torch.allclose(shipped, reverse, atol=1e-12)
 
 
 def test_sdl_with_rho_detached_or_dropped_is_forward_kl(vocabulary):
@@ -112,11 +127,12 @@ def test_sdl_with_rho_detached_or_dropped_is_forward_kl(vocabulary):
     def dropped(p, q, o):
         return naive_k3(p, q, 1.0)
     at_old = student.detach()
-    assert torch.allclose(expected_gradient(student, at_old, teacher, detached), forward, atol=1e-12)
-    assert torch.allclose(expected_gradient(student, at_old, teacher, dropped), forward, atol=1e-12)
-    assert torch.allclose(expected_gradient(student, other, teacher, detached), forward, atol=1e-12)
+    for old, loss in ((at_old, detached), (at_old, dropped), (other, detached)):
+        wrong = expected_gradient(student, old, teacher, loss)
+        assert torch.allclose(wrong, forward, atol=1e-12)
     away = expected_gradient(student, other, teacher, dropped)
-    assert not torch.allclose(away, forward, atol=1e-2) and not torch.allclose(away, reverse, atol=1e-2)
+    assert not torch.allclose(away, forward, atol=1e-2)
+    assert not torch.allclose(away, reverse, atol=1e-2)
 
 
 @pytest.mark.parametrize("log_ratio", [0.0, 1e-4, 0.5, -3.0, 20.0, -20.0, 90.0, -90.0])
@@ -146,29 +162,32 @@ def test_padding_may_hold_anything_finite(filler):
     adv = torch.tensor([1.0, -2.0])
     loss = sdl_loss(p, q, o, mask) + grpo_loss(p, o, adv, mask, 0.2, 0.3)
     loss.backward()
-    assert loss.item() == pytest.approx(
-        (sdl_loss(*clean, mask) + grpo_loss(clean[0], clean[2], adv, mask, 0.2, 0.3)).item(), rel=1e-6)
+    without = sdl_loss(*clean, mask) + grpo_loss(clean[0], clean[2], adv, mask, 0.2, 0.3)
+    assert loss.item() == pytest.approx(without.item(), rel=1e-6)
     assert torch.isfinite(p.grad).all() and (p.grad[mask == 0] == 0).all()
 
 
 def test_masked_mean():
     x = torch.tensor([[1.0, 2.0, 99.0], [6.0, math.inf, math.nan]])
-    assert masked_mean(x, torch.tensor([[1, 1, 0], [1, 0, 0]])).item() == 3.0      # not a mean of rows
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert masked_mean(x, mask).item() == 3.0                  # not a mean of rows
     assert masked_mean(x, torch.zeros(2, 3)).item() == 0.0
 
 
-# ---------------------------------------------------------------------------------------------- GRPO
+# --------------------------------------------------------------------------------------------- GRPO
 
 def test_advantages_by_hand():
     adv = group_advantages([0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0], group_size=4, eps=0.0)
     std = math.sqrt(3) / 4                                     # population, not sample
-    assert adv.tolist() == pytest.approx([-1, -1, 1, 1, -0.25 / std, 0.75 / std, -0.25 / std, -0.25 / std])
+    assert adv.tolist() == pytest.approx(
+        [-1, -1, 1, 1, -0.25 / std, 0.75 / std, -0.25 / std, -0.25 / std])
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3, 0.1])
 def test_advantages_of_equal_rewards_are_zero(value):
     assert group_advantages([value] * 7, 7).tolist() == [0.0] * 7
-    assert group_advantages(torch.tensor([value] * 7, dtype=torch.float64), 7, eps=0.0).tolist() == [0.0] * 7
+    rewards = torch.tensor([value] * 7, dtype=torch.float64)
+    assert group_advantages(rewards, 7, eps=0.0).tolist() == [0.0] * 7
 
 
 def test_advantages_leave_out_invalid_episodes():
@@ -192,15 +211,17 @@ def test_grpo_clipping(ratio, adv, value, slope):
 
 def test_grpo_is_a_mean_over_tokens():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    loss = grpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([1.0, -2.0]), mask, 0.2, 0.2)
+    adv = torch.tensor([1.0, -2.0])
+    loss = grpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), adv, mask, 0.2, 0.2)
     assert loss.item() == pytest.approx(-(3 * 1.0 - 2.0) / 4)
 
 
-# ------------------------------------------------------------------------------------ skills and bank
+# ---------------------------------------------------------------------------------- skills and bank
 
 def test_parse_skill_forgives_what_surrounds_it():
     fields = dict(success_analysis=" a ", mistake_analysis="b", golden_workflow="c {d}")
-    for text in (json.dumps(fields), f"Sure! Here:\n```json\n{json.dumps(fields, indent=2)}\n```\nDone.",
+    for text in (json.dumps(fields),
+                 f"Sure! Here:\n```json\n{json.dumps(fields, indent=2)}\n```\nDone.",
                  '{"note": {}} ' + json.dumps(fields | {"more": 1})):
         assert parse_skill(text) == Skill("a", "b", "c {d}")
 
@@ -221,22 +242,23 @@ def test_ucb_by_hand():
     assert bank.select("t") is None
     assert bank.add("t", a, 0.5) and bank.add("t", b, 1.0) and bank.add("other", a)
     first = bank.select("t")
-    assert first["skill"] == a and bank.select("t") is first   # the older first; looking changes nothing
+    # The older first; looking changes nothing.
+    assert first["skill"] == a and bank.select("t") is first
     bank.credit(first, 0.9)
     second = bank.select("t")
     assert second["skill"] == b and not bank.decided("t")      # untried before any tried one
     bank.credit(second, 0.1)
     assert bank.decided("t") and bank.select("t") is first     # equal bonus: 0.9 against 0.1
-    bank.credit(first, 0.3)                                    # a: mean 0.6, n 2; b: mean 0.1, n 1; N 3
+    bank.credit(first, 0.3)                                    # a: 0.6, n 2; b: 0.1, n 1; N 3
     scores = [0.6 + math.sqrt(math.log(3) / 2), 0.1 + math.sqrt(math.log(3))]
     assert [bank.score(e, 3) for e in bank.entries["t"]] == pytest.approx(scores)
     assert bank.select("t") is first                           # 1.341 against 1.148
-    bank.credit(first, 0.0)                                    # a: mean 0.4, n 3; N 4: 1.080 against 1.277
-    assert bank.select("t") is second
+    bank.credit(first, 0.0)                                    # a: mean 0.4, n 3; N 4
+    assert bank.select("t") is second                          # 1.080 against 1.277
     greedy = SkillBank(c=0.0)
     greedy.load_state_dict(json.loads(json.dumps(bank.state_dict())))
     assert greedy.select("t")["skill"] == a and len(greedy) == len(bank) == 3
-    assert not bank.add("t", late, 0.2)                        # b was picked once only, 0.2 is no better
+    assert not bank.add("t", late, 0.2)                        # b was picked once, 0.2 is no better
 
 
 def test_bank_takes_only_what_is_new_and_drops_the_worst():
@@ -246,14 +268,14 @@ def test_bank_takes_only_what_is_new_and_drops_the_worst():
     assert bank.add("t", b, 0.5)
     for entry, reward in zip(bank.entries["t"], (0.7, 0.2)):
         bank.credit(entry, reward)
-    assert not bank.add("t", c, 0.5)                           # not better than b, and not all picked twice
+    assert not bank.add("t", c, 0.5)                           # no better, not all picked twice
     for entry in bank.entries["t"]:
         bank.credit(entry, 0.2)
     assert bank.add("t", c, 0.0)
     assert [e["skill"] for e in bank.entries["t"]] == [a, c]
 
 
-# -------------------------------------------------------------------------------- prompts and tokens
+# ------------------------------------------------------------------------------- prompts and tokens
 
 def test_teacher_sees_skill_only(tiny):
     _, tokenizer = tiny
@@ -299,7 +321,8 @@ def test_the_conversation_is_the_templates_own(tiny):
     """Turn by turn, the ids equal those of the whole conversation rendered at once."""
     _, tokenizer = tiny
     chat = Chat(tokenizer)
-    ids = chat.prompt("s", "Player b2") + chat.encode("up") + chat.next_turn("Player b3", ended=False)
+    ids = (chat.prompt("s", "Player b2") + chat.encode("up")
+           + chat.next_turn("Player b3", ended=False))
     whole = tokenizer.apply_chat_template(
         [dict(role="user", content="Player b2"), dict(role="assistant", content="up"),
          dict(role="user", content="Player b3")], add_generation_prompt=True, tokenize=False)
@@ -307,7 +330,7 @@ def test_the_conversation_is_the_templates_own(tiny):
     assert chat.next_turn("Player b3", ended=True) == chat.next_turn("Player b3", ended=False)[1:]
 
 
-# -------------------------------------------------------------------------------- rollout and scoring
+# ------------------------------------------------------------------------------ rollout and scoring
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_skills", [False, True])
@@ -329,7 +352,8 @@ def test_scoring_equals_one_row_at_a_time_by_hand(tiny):
     for i, t in enumerate(trajectories):
         prompt = Chat(tokenizer).prompt(t.system, t.task)
         logits = model(torch.tensor([prompt + t.ids])).logits[0].log_softmax(-1)
-        by_hand = [logits[len(prompt) + j - 1, y] for j, (y, m) in enumerate(zip(t.ids, t.mask)) if m]
+        by_hand = [logits[len(prompt) + j - 1, y]
+                   for j, (y, m) in enumerate(zip(t.ids, t.mask)) if m]
         assert torch.allclose(logp[i][mask[i]], torch.stack(by_hand), atol=1e-5)
 
 
@@ -346,11 +370,12 @@ def test_greedy_rollout_equals_stateless_decoding(tiny):
 
 def test_end_of_turn_is_an_action_token_and_cut_answers_are_counted(tiny):
     trajectories, cfg = played(tiny, max_new_tokens=3)
-    assert any(t.counts["cut"] for t in trajectories)
+    assert any(t.counts["cut_answers"] for t in trajectories)
     for t in trajectories:
         assert len(t.logps) == sum(t.mask) and t.turns == len(t.messages) // 2
         runs = "".join("x" if m else " " for m in t.mask).split()
-        assert len(runs) == t.turns and t.counts["cut"] <= sum(len(run) == 3 for run in runs)
+        full = sum(len(run) == 3 for run in runs)
+        assert len(runs) == t.turns and t.counts["cut_answers"] <= full
 
 
 def test_long_conversations_end_as_truncated(tiny):
@@ -374,21 +399,19 @@ def test_a_dying_environment_costs_its_episode_only(tiny):
     assert all(t.turns <= 3 for t in fine)
 
 
-# --------------------------------------------------------------------------- update, sync, the whole loop
+# --------------------------------------------------------------------- update, sync, the whole loop
 
 def test_sync_teacher(tiny):
-    import copy
     student, teacher = tiny[0], copy.deepcopy(tiny[0])
     with torch.no_grad():
         for p in teacher.parameters():
             p.add_(1.0)
     sync_teacher(teacher, student)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters()))
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(teacher.parameters(), student.parameters()))
+    for a, b in zip(teacher.parameters(), student.parameters()):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
 
 
 def gradient_of_update(tiny, trajectories, micro_batch_tokens, skills):
-    import copy
     model = copy.deepcopy(tiny[0]).double()
     cfg = Config(micro_batch_tokens=micro_batch_tokens, max_grad_norm=1e9)
     teacher = copy.deepcopy(model)
@@ -422,15 +445,15 @@ def test_teacher_pass_is_skipped_only_where_it_is_zero(tiny):
     for i, t in enumerate(trajectories):
         assert len(stale[i]) == sum(t.mask)
         same = torch.allclose(stale[i], plain[i][mask[i]], atol=1e-5)
-        assert same == (skills[i] is None)                     # equal prompts, equal weights: log-ratio 0
+        assert same == (skills[i] is None)                     # equal prompts and weights: l is 0
 
 
 def test_several_updates_per_iteration_move_rho(tiny):
-    import copy
     trajectories, _ = played(tiny)
     model, cfg = copy.deepcopy(tiny[0]), Config(updates_per_iteration=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    metrics = skill_sd.update(model, optimizer, tiny[1], trajectories, torch.ones(6), None, None, cfg)
+    metrics = skill_sd.update(model, optimizer, tiny[1], trajectories, torch.ones(6), None, None,
+                              cfg)
     assert metrics["rho_minus_1"] > 1e-4 and "sdl_loss" not in metrics
 
 
@@ -456,7 +479,8 @@ def test_every_method_trains(runs, method, monkeypatch):
     assert len(lines) == 4 and all(math.isfinite(v) for line in lines for v in line.values())
     assert all(len(result[s][p]) == 8 for s in ("base", "trained") for p in ("sampled", "greedy"))
     state = torch.load(runs / f"{method}-seed0" / "checkpoint.pt", weights_only=True)
-    changed = any(not torch.equal(state["student"][n], state["teacher"][n]) for n in state["student"])
+    changed = any(not torch.equal(state["student"][n], state["teacher"][n])
+                  for n in state["student"])
     assert changed and len(syncs) == (4 if cfg.sync_every else 0)
     # Skills written in iteration 0 are shown from iteration 1 on, and to the right reader only.
     assert ("skill_share" in lines[0]) == (cfg.skill_reader != "nobody")
@@ -480,7 +504,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
     def stop(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 5:                                    # two evaluations, two iterations, stop
+        if len(calls) == 5:                                    # after two evaluations, two iterations
             raise KeyboardInterrupt
         return real(*args, **kwargs)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -501,7 +525,8 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     model, tokenizer = tiny
     trajectories, _ = played(tiny)
     cfg = Config(summarizer="self", summary_tokens=5, max_context=4096, model="somewhere")
-    written, failed = skill_sd.summarize(trajectories, model, tokenizer, cfg, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    written, failed = skill_sd.summarize(trajectories, model, tokenizer, cfg, generator)
     assert written == [] and failed == len(trajectories)       # an untrained model writes no JSON
     answer = json.dumps(dataclasses.asdict(SKILLS[0]))
     real = skill_sd.rollout
@@ -512,7 +537,7 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
             t.messages[1]["content"] = f"```json\n{answer}\n```"
         return out
     monkeypatch.setattr(skill_sd, "rollout", scripted)
-    written, failed = skill_sd.summarize(trajectories, model, tokenizer, cfg, torch.Generator().manual_seed(0))
+    written, failed = skill_sd.summarize(trajectories, model, tokenizer, cfg, generator)
     assert failed == 0 and [s for _, s in written] == [SKILLS[0]] * len(trajectories)
 
 
@@ -528,7 +553,8 @@ def test_warm_start_learns_and_follows_skills(tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(method="ppo"), "method='ppo'"), (dict(lr=-1.0), "lr=-1.0"), (dict(lam=math.nan), "lam=nan"),
+    (dict(method="ppo"), "method='ppo'"), (dict(lr=-1.0), "lr=-1.0"),
+    (dict(lam=math.nan), "lam=nan"),
     (dict(group_size=1), "group_size=1"), (dict(max_turns=0), "max_turns=0"),
     (dict(tasks_per_iteration=200), "tasks_per_iteration=200"),
     (dict(actor="teacher", skill_reader="nobody"), "actor='teacher'"),
@@ -539,10 +565,23 @@ def test_check_names_field_and_value(settings, message):
 
 
 def test_command_line_is_the_config():
-    cfg, _ = skill_sd.parse_args(["--method", "opd", "--max-turns", "7", "--lr", "1e-5"])
-    assert (cfg.method, cfg.reward_weight, cfg.lam, cfg.max_turns, cfg.lr) == ("opd", 0.0, 1.0, 7, 1e-5)
-    cfg, _ = skill_sd.parse_args(["--method", "opd", "--lam", "0.5"])      # what is typed wins
-    assert cfg.lam == 0.5 and skill_sd.parse_args([])[0] == Config()
+    given, run, prompts = skill_sd.parse_args(["--max-turns", "7", "--lr", "1e-5", "--eval", "x"])
+    assert given == dict(max_turns=7, lr=1e-5) and run == "x" and not prompts
+    assert skill_sd.parse_args([]) == ({}, None, False)
+
+
+def test_a_method_is_its_row_and_what_is_typed_wins(tmp_path, monkeypatch, capsys):
+    asked, values = [], dict(sampled=[1.0], greedy=[0.0])
+    monkeypatch.setattr(skill_sd, "train",
+                        lambda cfg: asked.append(cfg) or dict(base=values, trained=values))
+    given = dict(out=str(tmp_path), method="opd", seed=3, seeds=2)
+    skill_sd.run_all(Config(**given), given)
+    skill_sd.run_all(Config(**given, lam=0.5), given | dict(lam=0.5))
+    assert [(c.method, c.seed, c.reward_weight, c.lam) for c in asked] == [
+        ("opd", 3, 0.0, 1.0), ("opd", 4, 0.0, 1.0), ("opd", 3, 0.0, 0.5), ("opd", 4, 0.0, 0.5)]
+    del asked[:], given["seeds"]
+    skill_sd.run_all(Config(**given | dict(method="all")), given | dict(method="all"))
+    assert [c.method for c in asked] == list(skill_sd.METHODS) and "skill_grpo" in capsys.readouterr().out
 
 
 def test_importing_prints_and_trains_nothing():
@@ -551,7 +590,7 @@ def test_importing_prints_and_trains_nothing():
     assert done.returncode == 0 and done.stdout == ""
 
 
-# -------------------------------------------------------------------------------------------- Sokoban
+# ------------------------------------------------------------------------------------------ Sokoban
 
 @pytest.mark.parametrize("moves, text", MICROBAN)
 def test_solver_is_optimal_on_microban(moves, text):
@@ -577,9 +616,10 @@ def test_levels_survive_writing_and_reading(text):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "empty"), ("#####\n#@$x#\n#####", "line 2, column 4: unknown glyph 'x'"), ("###\n# #\n###", "no player"),
-    ("######\n#@$.@#\n######", "line 2, column 5: a second player"), ("#####\n#@$$.#\n#####", "2 boxes and 1 goals"),
-    ("###\n#@#\n###", "0 boxes and 0 goals"), ("####\n#@$.\n####", "line 2, column 2: '@' is outside"),
+    ("", "empty"), ("#####\n#@$x#\n#####", "line 2, column 4: unknown glyph 'x'"),
+    ("###\n# #\n###", "no player"), ("######\n#@$.@#\n######", "line 2, column 5: a second player"),
+    ("#####\n#@$$.#\n#####", "2 boxes and 1 goals"), ("###\n#@#\n###", "0 boxes and 0 goals"),
+    ("####\n#@$.\n####", "line 2, column 2: '@' is outside"),
     ("#####  \n#@ .# $\n#####  ", "line 2, column 7: '\\$' is outside"),
     ("# # # # #\n# @ $ x #\n# # # # #", "line 2, column 7: unknown glyph 'x'")])
 def test_parse_level_says_line_and_column(text, message):
@@ -592,11 +632,12 @@ def test_generated_levels_are_solvable_exact_distinct_and_the_same_everywhere():
     assert all(len(solve(level)) == level.moves and 3 <= level.moves <= 15 for level in levels)
     assert len({sokoban_env.canonical(level) for level in levels}) == 60
     assert all(level.boxes.bit_count() == 2 and level.completion() == 0.0 for level in levels)
-    code = ("import hashlib, sokoban_env as s; print(hashlib.sha256(repr([s.to_xsb(level) for level in "
-            "s.generate_levels(60, 11, min_moves=3, max_moves=15)]).encode()).hexdigest()[:16])")
+    code = ("import hashlib, sokoban_env as s; print(hashlib.sha256(repr([s.to_xsb(level) for "
+            "level in s.generate_levels(60, 11, min_moves=3, max_moves=15)]).encode())"
+            ".hexdigest()[:16])")
     for hash_seed in ("0", "1"):
-        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                                 cwd=os.path.dirname(skill_sd.__file__),
+        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                 check=True, cwd=os.path.dirname(skill_sd.__file__),
                                  env=os.environ | {"PYTHONHASHSEED": hash_seed}).stdout.strip()
         assert printed == "36aa645e3544f679"
 
@@ -618,14 +659,16 @@ def test_sets_of_levels_are_disjoint_up_to_symmetry():
             for levels in (test.train, test.heldout, val.heldout)]
     assert all(len(s) == 60 for s in sets) and len(set.union(*sets)) == 180
     assert [level.moves for level in test.train] == sorted(level.moves for level in test.train)
-    rooms = {sokoban_env.canonical(dataclasses.replace(level, boxes=0, player=-1)) for level in test.all_tasks}
+    rooms = {sokoban_env.canonical(dataclasses.replace(level, boxes=0, player=-1))
+             for level in test.all_tasks}
     for messages, _, _ in sokoban_env.demonstrations(200, 5, exclude=test.all_tasks):
         room = sokoban_env.room_in(messages[0]["content"])
         assert sokoban_env.canonical(dataclasses.replace(room, boxes=0, player=-1)) not in rooms
 
 
 def test_generator_refuses_what_cannot_be():
-    for arguments in (dict(size=3), dict(boxes=0), dict(min_moves=9, max_moves=3), dict(min_moves=300, max_moves=300)):
+    for arguments in (dict(size=3), dict(boxes=0), dict(min_moves=9, max_moves=3),
+                      dict(min_moves=300, max_moves=300)):
         with pytest.raises(ValueError, match="=".join(map(str, list(arguments.items())[0]))):
             generate_levels(1, seed=0, **arguments)
 
@@ -639,9 +682,11 @@ def test_distances_agree_with_the_solver():
 
 
 @pytest.mark.parametrize("text, move", [
-    ("<answer>up</answer>", "up"), ("I go LEFT", "left"), ("<answer> Down! </answer> not up", "down"),
-    ("<answer>up</answer> or <ANSWER>right</ANSWER>", "right"), ("up, then left", "left"), ("", None),
-    ("upwards uplift", None), ("<answer>jump</answer> left", None), ("\x00\ud800" * 9, None), ("Right.", "right")])
+    ("<answer>up</answer>", "up"), ("I go LEFT", "left"),
+    ("<answer> Down! </answer> not up", "down"),
+    ("<answer>up</answer> or <ANSWER>right</ANSWER>", "right"), ("up, then left", "left"),
+    ("", None), ("upwards uplift", None), ("<answer>jump</answer> left", None),
+    ("\x00\ud800" * 9, None), ("Right.", "right")])
 def test_action_is_read_tolerantly(text, move):
     assert sokoban_env.parse_action(text) == (None if move is None else MOVES.index(move))
 
@@ -651,14 +696,16 @@ def test_environment_plays_counts_and_ends():
     first = env.reset()
     assert "Player: b2" in first and parse_level(first.split("\nPlayer")[0]) == env.level
     observation, done = env.step("banana")
-    assert sokoban_env.NO_MOVE in observation and not done and env.counts == {"no_action": 1, "blocked": 0}
+    assert sokoban_env.NO_MOVE in observation and not done
+    assert env.counts == {"no_action": 1, "blocked": 0}
     observation, done = env.step("up")
     assert sokoban_env.BLOCKED in observation and env.counts["blocked"] == 1
     env.step("right")
     observation, done = env.step("right")
     assert done and env.completion() == 1.0
     env.reset()
-    assert [env.step("left")[1] for _ in range(5)] == [False] * 4 + [True] and env.completion() == 0.0
+    assert [env.step("left")[1] for _ in range(5)] == [False] * 4 + [True]
+    assert env.completion() == 0.0
 
 
 def test_analyst_erases_loops_and_names_the_fatal_push():
@@ -683,3 +730,383 @@ def test_analyst_erases_loops_and_names_the_fatal_push():
     messages += [dict(role="assistant", content="left"), dict(role="user", content=observation)]
     assert sokoban_env.analyse(messages)["mistake_analysis"] == (
         "at d3 left pushed a box to b3 where it is stuck")
+
+
+# --------------------------------------------------------------------- AppWorld: without the engine
+
+appworld_needed = pytest.mark.skipif(
+    not (os.environ.get("APPWORLD_PYTHON") and os.environ.get("APPWORLD_ROOT")),
+    reason="APPWORLD_PYTHON and APPWORLD_ROOT are not set; the README says how to install AppWorld")
+
+
+def appworld_block(code):
+    return f"Let me see.\n```python\n{code}\n```\nDone."
+
+
+@pytest.fixture
+def appworld_fake(tmp_path, monkeypatch):
+    """A data folder with one task, and a stand-in for python that says what it is told and ends."""
+    (tmp_path / "data" / "datasets").mkdir(parents=True)
+    (tmp_path / "data" / "tasks" / "abc_1").mkdir(parents=True)
+    (tmp_path / "data" / "datasets" / "train.txt").write_text("abc_1:tag\n\n")
+    monkeypatch.setenv("APPWORLD_ROOT", str(tmp_path))
+    monkeypatch.setattr(appworld_adapter, "_idle", [])
+
+    def python(shell):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{shell}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("APPWORLD_PYTHON", str(path))
+    python("exit 1")
+    return python
+
+
+@pytest.mark.parametrize("text, blocks", [
+    ("no code", []),
+    ("```python\nprint(1)\n```", ["print(1)\n"]),
+    ("so:\n```python \r\na\n```  \nthen\n```python\nb\n```", ["a\n", "b\n"]),
+    ("```\nprint(1)\n```", []),                                  # not marked as python
+    ("```python\nprint(1)\n", []),                               # cut off
+    ("```python print(1) ```", []),
+    ('```python\nx = "```"\n```', ['x = "```"\n']),              # a fence inside a string
+    ("```python\n```", [""]),
+])
+def test_appworld_finds_the_blocks(text, blocks):
+    assert appworld_adapter.BLOCK.findall(text) == blocks
+
+
+def test_appworld_cut_keeps_head_and_tail():
+    assert appworld_adapter.cut("abcdefg", 7) == "abcdefg"
+    assert appworld_adapter.cut("abcdefghij", 5) == "abc\n[... 5 characters cut here ...]\nij"
+    assert appworld_adapter.cut("abc", 1) == "a\n[... 2 characters cut here ...]\n"
+
+
+def test_appworld_errors_name_the_remedy(appworld_fake, monkeypatch, tmp_path):
+    assert appworld_adapter.task_ids("train") == ["abc_1"]
+    with pytest.raises(ValueError, match=r"split='tra' must be one of \['train'\]"):
+        appworld_adapter.task_ids("tra")
+    for task_id in ("abc_2", "", "..", "../tasks/abc_1"):
+        with pytest.raises(ValueError, match="task_id=.* is not in .*task_ids"):
+            AppWorldEnv(task_id)
+    for name in ("max_turns", "max_chars", "timeout_s"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be"):
+            AppWorldEnv("abc_1", **{name: 0})
+    env = AppWorldEnv("abc_1")
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step("hello")
+    with pytest.raises(RuntimeError, match="no episode"):
+        env.completion()
+    monkeypatch.delenv("APPWORLD_PYTHON")
+    with pytest.raises(ValueError, match="APPWORLD_PYTHON=''.*pip install appworld=="):
+        env.reset()
+    monkeypatch.setenv("APPWORLD_PYTHON", "/no/such/python")
+    with pytest.raises(ValueError, match="APPWORLD_PYTHON='/no/such/python'.*pip install"):
+        env.reset()
+    monkeypatch.setenv("APPWORLD_ROOT", str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="APPWORLD_ROOT=.*download data"):
+        AppWorldEnv("abc_1")
+    monkeypatch.delenv("APPWORLD_ROOT")
+    with pytest.raises(ValueError, match="APPWORLD_ROOT=''.*download data"):
+        appworld_adapter.task_ids("train")
+
+
+@pytest.mark.parametrize("shell, remedy", [
+    ("echo \"No module named 'appworld'\" >&2; exit 1", "pip install appworld"),
+    ("echo \"No module named 'appworld.apps.supervisor'\" >&2; exit 1", "appworld.cli install"),
+    ("echo the disk is on fire >&2; exit 1", "the disk is on fire"),
+    ("echo not a port", "no AppWorld server came up"),
+    ("exec sleep 60", "START_SECONDS=1"),
+])
+def test_appworld_server_that_does_not_start(appworld_fake, monkeypatch, shell, remedy):
+    appworld_fake(shell)
+    monkeypatch.setattr(appworld_adapter, "START_SECONDS", 1)
+    env, begin = AppWorldEnv("abc_1"), time.time()
+    # Not an AppWorldError: this fails for every episode, so the run has to end.
+    with pytest.raises(RuntimeError, match=remedy) as caught:
+        env.reset()
+    assert not isinstance(caught.value, AppWorldError)
+    assert time.time() - begin < 20
+
+
+# ----------------------------------- AppWorld: on the engine, with the data of .ci/appworld_data.py
+
+APPWORLD_LOGIN = """
+passwords = {a["account_name"]: a["password"] for a in apis.supervisor.show_account_passwords()}
+email = apis.supervisor.show_profile()["email"]
+spotify = apis.spotify.login(username=email, password=passwords["spotify"])["access_token"]
+notes = apis.simple_note.login(username=email, password=passwords["simple_note"])["access_token"]
+"""
+APPWORLD_SOLUTIONS = {
+    "a1c0001_1": """
+songs = [apis.spotify.show_song(song_id=s["song_id"])
+         for s in apis.spotify.show_song_library(access_token=spotify)]
+apis.supervisor.complete_task(answer=max(songs, key=lambda s: s["play_count"])["title"])""",
+    "a1c0002_1": """
+p = apis.spotify.create_playlist(access_token=spotify, title="Mix", is_public=False)
+for s in apis.spotify.show_song_library(access_token=spotify):
+    apis.spotify.add_song_to_playlist(
+        access_token=spotify, playlist_id=p["playlist_id"], song_id=s["song_id"])
+apis.supervisor.complete_task()""",
+    "a1c0003_1": """
+apis.simple_note.create_note(access_token=notes, title="Shopping", content="bread")
+apis.supervisor.complete_task()""",
+    "a1c0004_1": """
+note, = apis.simple_note.search_notes(access_token=notes, query="Old list", page_limit=1)
+apis.simple_note.delete_note(access_token=notes, note_id=note["note_id"])
+apis.supervisor.complete_task()""",
+}
+APPWORLD_NOOP = {"a1c0001_1": 1 / 2, "a1c0002_1": 1 / 3, "a1c0003_1": 0, "a1c0004_1": 1 / 2}
+
+
+def appworld_group(pid):
+    """The live processes in the process group of a server: itself, its watcher, ..."""
+    rows = subprocess.run(["ps", "-A", "-o", "pgid=,pid=,stat="], capture_output=True, text=True)
+    return [int(member) for group, member, state in map(str.split, rows.stdout.splitlines())
+            if int(group) == pid and not state.startswith("Z")]
+
+
+def appworld_wait_gone(pid, port, seconds=10):
+    """True once no process of the server is left and nobody listens on its port."""
+    until, left = time.time() + seconds, True
+    while left and time.time() < until:        # the port goes some milliseconds after the process
+        with socket.socket() as probe:
+            left = appworld_group(pid) or probe.connect_ex(("127.0.0.1", port)) == 0
+    return not left
+
+
+@pytest.fixture(scope="session")
+def appworld_servers():
+    """All tests share the pool; at the end it is stopped and nothing of any server may be left."""
+    seen, start = [], appworld_adapter.Server.__init__
+
+    def recorded(server):
+        start(server)
+        seen.append((server.process.pid, server.port))
+
+    appworld_adapter.Server.__init__ = recorded
+    yield seen
+    appworld_adapter.Server.__init__ = start
+    appworld_adapter.stop_servers()
+    assert seen and all(appworld_wait_gone(*server) for server in seen)
+
+
+@pytest.fixture
+def appworld_env(appworld_servers):
+    """Makes environments with an open episode, and closes them."""
+    made = []
+
+    def make(task_id="a1c0003_1", **options):      # also from several threads
+        env = AppWorldEnv(task_id, **options)
+        made.append(env)
+        env.first_message = env.reset()
+        return env
+    yield make
+    for env in made:
+        env.close()
+
+
+@appworld_needed
+def test_appworld_splits(appworld_servers):
+    assert appworld_adapter.task_ids("train") == list(APPWORLD_SOLUTIONS)
+    assert appworld_adapter.task_ids("dev") == ["a1c0005_1", "a1c0006_1"]
+
+
+@appworld_needed
+@pytest.mark.parametrize("task_id", APPWORLD_SOLUTIONS)
+def test_appworld_full_solution_and_noop(appworld_env, task_id):
+    assert noop_score(task_id) == pytest.approx(APPWORLD_NOOP[task_id])
+    env = appworld_env(task_id)
+    assert env.completion() == noop_score(task_id)
+    observation, done = env.step(appworld_block(APPWORLD_LOGIN))         # variables stay
+    assert (observation, done) == ("Execution successful.", False)
+    assert env.completion() == noop_score(task_id)
+    observation, done = env.step(appworld_block(APPWORLD_SOLUTIONS[task_id]))
+    assert done and env.completion() == 1.0 and not any(env.counts.values())
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(appworld_block("print(1)"))
+    env.close()
+    assert env.completion() == 1.0                                       # also after close
+    env.reset()
+    assert env.completion() == noop_score(task_id)                       # a new world, not the old
+    assert "NameError" in env.step(appworld_block("print(spotify)"))[0]
+
+
+@appworld_needed
+def test_appworld_partial_solution_and_first_message(appworld_env):
+    env = appworld_env("a1c0002_1")
+    for part in ("Ada Example", "ada.example@example.com", "5551234567", "show_api_doc",
+                 "```python", "complete_task", "40 answers", "2023-05-18", 'titled "Mix"'):
+        assert part in env.first_message
+    env.step(appworld_block(APPWORLD_LOGIN + "apis.spotify.create_playlist("
+                            "access_token=spotify, title='Mix', is_public=False)"))
+    env.close()                                          # unfinished: scored by close
+    assert env.completion() == pytest.approx(2 / 3)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(appworld_block("print(1)"))
+
+
+@appworld_needed
+def test_appworld_four_worlds_at_once(appworld_env):
+    with ThreadPoolExecutor(4) as pool:
+        envs = list(pool.map(appworld_env, APPWORLD_SOLUTIONS))
+        assert len({env._server.port for env in envs}) == 4
+        # Everybody writes under their own name, then everybody looks: each sees its own alone.
+        write = [APPWORLD_LOGIN + "who = '" + env.task_id + "'\napis.simple_note.create_note("
+                 "access_token=notes, title='of ' + who, content='')" for env in envs]
+        list(pool.map(lambda env, code: env.step(appworld_block(code)), envs, write))
+        look = ("print(who, *[n['title'] for n in "
+                "apis.simple_note.search_notes(access_token=notes)])")
+        seen = list(pool.map(lambda env: env.step(appworld_block(look))[0].split(), envs))
+        for env, words in zip(envs, seen):
+            assert words[0] == env.task_id and words.count("of") == 1
+            assert words[words.index("of") + 1] == env.task_id
+        done = list(pool.map(
+            lambda env: env.step(appworld_block(APPWORLD_SOLUTIONS[env.task_id])), envs))
+        assert [over for _, over in done] == [True] * 4
+        # The extra note is harmless in the two music tasks; it fails two tests, and one of two.
+        assert [env.completion() for env in envs] == [1, 1, 0, 1 / 2]
+
+
+@appworld_needed
+def test_appworld_servers_are_reused_and_recycled(appworld_env, appworld_servers, monkeypatch):
+    env = appworld_env()
+    server = env._server
+    (port, pid), resets = (server.port, server.process.pid), server.resets
+    env.reset()
+    assert env._server is server and server.resets == resets + 1
+    monkeypatch.setattr(appworld_adapter, "RESETS_PER_SERVER", resets + 1)
+    watcher, = set(appworld_group(pid)) - {pid}
+    os.kill(watcher, signal.SIGKILL)               # a server is stopped also without its watcher
+    env.close()
+    assert server not in appworld_adapter._idle and appworld_wait_gone(pid, port)
+    assert server.log.exists() and not (server.folder / "tasks").exists()
+
+
+@appworld_needed
+@pytest.mark.parametrize("answer, counted, told", [
+    ("I would rather think.", "no_block", "Nothing was run"),
+    (appworld_block("print(41 + 1)") + appworld_block("print('other')"), "several_blocks",
+     "[The answer has 2 code blocks; only the first was run.]\n42\n"),
+    (appworld_block("print(("), "syntax_error", "Syntax error in line:"),
+    (appworld_block("x = \0"), "syntax_error", "Syntax error in line:"),
+    (appworld_block("while True:\n    pass"), "timeout", "timed out after 1 seconds"),
+    (appworld_block("print('x' * 601)"), "cut", "[... 2 characters cut here ...]"),
+    (appworld_block("for i in range(30):\n    print('x' * 10**7)"), "cut",
+     "[299000030 more characters printed]"),
+    (appworld_block("raise ValueError('x' * 10**6)"), "cut", "characters cut here"),
+], ids=["none", "two", "syntax", "nul", "loop", "long", "huge", "long error"])
+def test_appworld_bad_answers_are_told_and_counted(appworld_env, answer, counted, told):
+    env = appworld_env(max_chars=600, timeout_s=20 if "10**7" in answer else 1)
+    observation, done = env.step(answer)
+    assert told in observation and "other" not in observation and not done
+    assert len(observation) < 700
+    assert {name: n for name, n in env.counts.items() if n} == {counted: 1}
+    observation, done = env.step(appworld_block("print('still here')"))
+    assert (observation, done) == ("still here\n", False)
+    assert sum(env.counts.values()) == 1
+
+
+@appworld_needed
+def test_appworld_gives_up_and_surrogates_and_memory(appworld_env):
+    env = appworld_env()
+    assert env.step(appworld_block("print('\ud800', '\\ud800')"))[0] == "? ?\n"
+    if sys.platform == "linux":
+        assert "MemoryError" in env.step(appworld_block("x = bytes(6 * 10**9)"))[0]
+    _, done = env.step(appworld_block("apis.supervisor.complete_task(status='fail')"))
+    assert done and env.counts["failed_status"] == 1 and env.completion() == 0
+
+
+@appworld_needed
+def test_appworld_secrets_of_the_caller_stay_there(appworld_env, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "secret-of-the-caller")
+    with appworld_adapter._lock:
+        idle = appworld_adapter._idle[:]
+        del appworld_adapter._idle[:]              # so that a server starts with the key around
+    env = appworld_env()
+    appworld_adapter._idle.extend(idle)
+    observation, _ = env.step(appworld_block("import os\nprint(dict(os.environ))"))
+    assert "APPWORLD_ROOT" in observation and "secret-of-the-caller" not in observation
+
+
+@appworld_needed
+def test_appworld_ends_after_max_turns(appworld_env):
+    env = appworld_env()
+    done = [env.step("no code" if turn % 2 else appworld_block("print(1)"))[1]
+            for turn in range(env.max_turns)]
+    assert done == [False] * 39 + [True]
+    assert env.completion() == noop_score(env.task_id) and env.counts["no_block"] == 20
+
+
+@appworld_needed
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_appworld_server_lost_in_mid_episode(appworld_env, appworld_servers, monkeypatch, how):
+    env = appworld_env(timeout_s=1)
+    old = env._server
+    code = "print(1)"
+    if how == "killed":
+        os.kill(old.process.pid, signal.SIGKILL)
+    else:                                          # the engine's alarm is swallowed, so ours is due
+        monkeypatch.setattr(appworld_adapter, "GRACE_SECONDS", 1)
+        code = ("while True:\n    try:\n        x = 0\n        while True: x += 1\n"
+                "    except BaseException: pass")
+    with pytest.raises(AppWorldError, match="died" if how == "killed" else "no answer in 2 s"):
+        env.step(appworld_block(code))
+    assert appworld_wait_gone(old.process.pid, old.port)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(appworld_block("print(1)"))
+    with pytest.raises(RuntimeError, match="lost"):
+        env.completion()
+    env.close()                                    # nothing to close, and no error
+    env.reset()
+    assert env._server is not old
+    assert env.step(appworld_block("print(7)")) == ("7\n", False)
+
+
+@appworld_needed
+def test_appworld_idle_server_that_died_is_replaced(appworld_env):
+    env = appworld_env()
+    old = env._server
+    env.close()
+    os.kill(old.process.pid, signal.SIGKILL)
+    old.process.wait()
+    env.reset()
+    assert env._server is not old and env.completion() == 0
+
+
+@appworld_needed
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "error", "exit"])
+def test_appworld_no_server_outlives_its_parent(how):
+    """A process takes a server and is killed, fails or just ends: nothing of the server is left."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(appworld_adapter.__file__).parent)!r})
+import appworld_adapter
+server = appworld_adapter.take_server()
+(server.folder / "tasks").mkdir()
+print(server.process.pid, server.port, server.folder, flush=True)
+{"raise ValueError" if how == "error" else "" if how == "exit" else "sys.stdin.read()"}
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pid, port, folder = parent.stdout.readline().split()
+    pid, port = int(pid), int(port)
+    if isinstance(how, signal.Signals):
+        assert len(appworld_group(pid)) == 2       # the server and its watcher
+        parent.send_signal(how)
+    parent.wait(30)
+    parent.stdin.close()
+    parent.stdout.close()
+    assert appworld_wait_gone(pid, port)
+    if how in ("error", "exit", signal.SIGINT):    # the ends at which we still can, we tidy up too
+        assert not (Path(folder) / "tasks").exists()
+
+
+@appworld_needed
+def test_appworld_command_line(appworld_servers):
+    code = 'print(6 * 7)\n\napis.supervisor.complete_task(answer="Bravo")\n\n'
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(appworld_adapter.__file__)}"
+    listed = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "dev: a1c0005_1 a1c0006_1\n" in listed.stdout
+    played = subprocess.run(command + " a1c0001_1", shell=True, input=code, capture_output=True,
+                            text=True)
+    assert "42\n" in played.stdout and "completion 1.00, doing nothing 0.50" in played.stdout
