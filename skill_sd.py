@@ -25,14 +25,14 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     skill fields, Analyze(tau, x)       Skill, SUMMARIZER_PROMPT test_parse_skill_*
     UCB retrieval                       SkillBank.select         test_ucb_by_hand
     pi(.|x), pi(.|x + S(x))             Chat.prompt              test_teacher_sees_skill_only
-    group advantage, GRPO loss          group_advantages, grpo_loss   test_advantages_*, test_grpo_*
-    SDL, Eq. 10-13                      sdl_loss                 test_sdl_*
+    group advantage, GRPO loss, Eq. 10  group_advantages, grpo_loss   test_advantages_*, test_grpo_*
+    l, rho, SDL loss, Eq. 11-13         sdl_loss                 test_sdl_*
     total loss, Eq. 14                  update                   test_update_*
     dynamic synchronisation             sync_teacher             test_sync_teacher
     the algorithm                       train                    test_every_method_trains
 
     python skill_sd.py                          the demo: warm start, train, table
-    python skill_sd.py --method all --seeds 5   every method and ablation, one table
+    python skill_sd.py --method all --seeds 3   every method and ablation, one table
     python skill_sd.py --eval runs/NAME         play the held-out levels with a finished student
     python skill_sd.py --show-prompts           student's and teacher's tokens, side by side
 
@@ -55,6 +55,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -78,7 +79,9 @@ class Config:
     seeds: int = 1                   # how many seeds to run, from `seed` on
     out: str = "runs"                # folder for runs and cached warm starts
     name: str = ""                   # name of the run's folder in it; empty: METHOD-seedN
-    device: str = "auto"             # auto, cpu, cuda, mps
+    device: str = "auto"             # auto (cuda if there is one, else cpu), cpu, cuda
+    save_every: int = 20             # iterations between checkpoints
+    split: str = "test"              # levels for the table: test, or val while tuning
     threads: int = 0                 # CPU threads; 0: as torch likes
 
     # -- the method
@@ -87,7 +90,7 @@ class Config:
     iterations: int = 60             # iterations; the paper runs 180 on Sokoban
     updates_per_iteration: int = 1   # optimiser steps on each batch                    CHOICE
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
-    lam: float = 0.1                 # lambda, weight of SDL; the paper's best is 0.001 CHOICE
+    lam: float = 0.1                 # lambda of SDL, if the teacher reads; paper: 0.001 CHOICE
     skill_reader: str = "teacher"    # who sees the skill while training: teacher, student, nobody
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: str = "student"           # who samples the tokens: student, or teacher with its skill
@@ -109,25 +112,23 @@ class Config:
     env: str = "sokoban"             # sokoban, or appworld (see the README; not for the tiny model)
     size: int = 6                    # room size, walls included, as in the paper
     boxes: int = 2                   # boxes per room, as in the paper
-    min_moves: int = 4               # shortest optimal solution                        CHOICE
-    max_moves: int = 12              # longest optimal solution                         CHOICE
-    max_turns: int = 16              # moves per episode; the paper allows 40
+    min_moves: int = 3               # shortest optimal solution                        CHOICE
+    max_moves: int = 8               # longest optimal solution                         CHOICE
+    max_turns: int = 12              # moves per episode; the paper allows 40
     train_levels: int = 96           # training levels, as in the paper
     test_levels: int = 512           # held-out levels; the paper uses 64
     level_seed: int = 0              # of the validation and test levels
-    save_every: int = 20             # iterations between checkpoints
-    split: str = "test"              # levels for the table: test, or val while tuning
     curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
 
     # -- the model
     model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
     max_new_tokens: int = 4          # longest answer per turn, in tokens               CHOICE
     max_context: int = 1024          # longest conversation, in tokens; longer ones are truncated
-    rollout_batch: int = 512         # conversations played at once while evaluating
+    rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
 
-    # -- warm start of the embedded model (tuned on validation levels)
-    warm_demos: int = 25600          # demonstrations
+    # -- warm start of the embedded model (levels and warm start were chosen on validation levels)
+    warm_demos: int = 32000          # demonstrations
     warm_batch: int = 32             # demonstrations per step
     warm_lr: float = 3e-3            # peak learning rate
     warm_noise: float = 0.4          # share of each target spread over all moves, plain prompt
@@ -174,10 +175,14 @@ def check(cfg):
         raise ValueError(f"actor={cfg.actor!r} with skill_reader={cfg.skill_reader!r}: a teacher "
                          "that acts must be the one that reads the skill")
     if cfg.summarizer == "rules" and cfg.env != "sokoban":
-        raise ValueError(f"summarizer='rules' with env={cfg.env!r}: the analyst knows Sokoban only; "
-                         "use self")
-    if not cfg.reward_weight and not cfg.lam:
-        raise ValueError("reward_weight=0 with lam=0: nothing would be learned; set one of them")
+        raise ValueError(f"summarizer='rules' with env={cfg.env!r}: the analyst knows Sokoban "
+                         "only; use self")
+    if not cfg.reward_weight and not (cfg.lam and cfg.skill_reader == "teacher"):
+        raise ValueError(f"reward_weight=0 with lam={cfg.lam}, skill_reader={cfg.skill_reader!r}: "
+                         "nothing would be learned; SDL needs lam above 0 and a reading teacher")
+    for name in ("warm_noise", "warm_noise_skill", "curriculum"):
+        if getattr(cfg, name) > 1:
+            raise ValueError(f"{name}={getattr(cfg, name)}: a share, at most 1")
     return cfg
 
 
@@ -201,9 +206,7 @@ class Skill:
 SKILL_TEXT = """Notes from an earlier attempt at this task
 What worked: {success_analysis}
 Mistakes: {mistake_analysis}
-Workflow: {golden_workflow}
-
-"""
+Workflow: {golden_workflow}"""
 
 # CHOICE: the paper's wording is not public.
 SUMMARIZER_PROMPT = """You review one finished attempt of an agent at a task and write a skill for \
@@ -239,30 +242,11 @@ def parse_skill(text):
         except (ValueError, RecursionError):
             continue
         if all(isinstance(found.get(name), str) for name in names):
-            values = [found[name].strip() for name in names]
+            # A lone surrogate is legal JSON, but no text that can be encoded.
+            values = [found[name].encode("utf-8", "replace").decode().strip() for name in names]
             if any(values):
                 return Skill(*values)
     raise ValueError(f"no JSON object with the text fields {', '.join(names)} in {text[:80]!r}")
-
-
-class SummaryTask:
-    """Writing one skill, as a world of a single turn: so `rollout` also runs the summarizer."""
-    system_prompt, max_turns = SUMMARIZER_PROMPT, 1
-
-    def __init__(self, trajectory):
-        self.task_id, self.text, self.counts = trajectory.task_id, transcript(trajectory), {}
-
-    def reset(self):
-        return self.text
-
-    def step(self, response):
-        return "", True
-
-    def completion(self):
-        return 0.0
-
-    def close(self):
-        pass
 
 
 def summarize(trajectories, student, tokenizer, cfg, generator):
@@ -270,12 +254,20 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
     tiny = cfg.model == "tiny" and cfg.env == "sokoban"
     if cfg.summarizer == "rules" or cfg.summarizer == "auto" and tiny:     # too small to write
         texts = [json.dumps(sokoban_env.analyse(t.messages)) for t in trajectories]
-    else:                                      # DEVIATION: the paper asks an external model
+    else:
+        # DEVIATION: the paper asks an external model, meanwhile; here the student writes its own.
+        # Writing is played as a world of one turn, so that `rollout` does it.
         own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens,
                                   max_context=2 * cfg.max_context + cfg.summary_tokens)
-        tasks = [SummaryTask(t) for t in trajectories]
-        texts = [t.messages[1]["content"] for t in
-                 rollout(student, tokenizer, tasks, own, generator=generator, desc="skills")]
+        tasks = [SimpleNamespace(
+            task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, counts={}, completion=lambda: 0.0,
+            reset=partial(transcript, t), step=lambda response: ("", True), close=lambda: None)
+            for t in trajectories]
+        texts = []
+        for start in range(0, len(tasks), cfg.rollout_batch):
+            for t in rollout(student, tokenizer, tasks[start:start + cfg.rollout_batch], own,
+                             generator=generator, desc="skills"):
+                texts.append("" if t.error else t.messages[1]["content"])
     written, failed = [], 0
     for trajectory, text in zip(trajectories, texts):
         try:
@@ -297,10 +289,11 @@ class SkillBank:
     A pick counts once it is credited: `select` alone changes nothing.
 
     Two things the paper does not discuss. (1) If every visit added a skill, "untried first" would
-    always win and UCB would never decide. CHOICE: a task takes a new skill only if its source did
-    better than the source of every skill it has, or once all of these have been picked twice; equal
-    texts are one skill; a full bank drops its worst tried entry. (2) The student never sees the
-    skill: the reward credited to it was earned before it could act. The statistic lags.
+    always win and UCB would never decide. CHOICE: a visit's skills are taken in only if the best of
+    its sources did better than the source of every skill the task has, or once all of these have
+    been picked twice; equal texts are one skill; a full bank drops its worst tried entry. (2) The
+    student never sees the skill: the reward credited to it was earned before it could act. The
+    statistic lags.
     """
 
     def __init__(self, c, size=4):
@@ -316,7 +309,7 @@ class SkillBank:
     def select(self, task_id):
         """The entry of the highest score, the oldest among equals; None without skills."""
         entries = self.entries.get(task_id, [])
-        total_picks = sum(e["picks"] for e in entries)
+        total_picks = sum(e["picks"] for e in entries)         # CHOICE: of the skills still held
         return max(entries, key=lambda e: self.score(e, total_picks), default=None)
 
     def decided(self, task_id):
@@ -329,12 +322,16 @@ class SkillBank:
         entry["picks"] += 1
         entry["reward_sum"] += float(reward)
 
+    def open_to(self, task_id, source_reward):
+        """Whether the task takes new skills, the best of them from a trajectory of this reward."""
+        entries = self.entries.get(task_id, [])
+        return (all(source_reward > e["source_reward"] for e in entries)
+                or all(e["picks"] >= 2 for e in entries))
+
     def add(self, task_id, skill, source_reward=0.0):
-        """Insert a skill if it is new (see above). Returns whether it was."""
+        """Insert a skill, unless its text is there already. Returns whether it was inserted."""
         entries = self.entries.setdefault(task_id, [])
-        better = all(source_reward > e["source_reward"] for e in entries)
-        settled = all(e["picks"] >= 2 for e in entries)
-        if any(e["skill"] == skill for e in entries) or not (better or settled):
+        if any(e["skill"] == skill for e in entries):
             return False
         if len(entries) >= self.size:
             tried = [e for e in entries if e["picks"]] or entries
@@ -361,6 +358,12 @@ class SkillBank:
 # Two prompts, one token sequence: pi(. | x, y_<t) and pi(. | x + S(x), y_<t)
 # =============================================================================================
 
+# The embedded model's chat template: rules in English would only be unknown words to it.
+TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+                 "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
+                 "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
 class Chat:
     """Renders conversations to token ids with the tokenizer's own chat template.
 
@@ -379,19 +382,23 @@ class Chat:
                  dict(role="user", content=v)]
         try:
             text = self.template([dict(role="system", content=s), *turns])
-            self.fold_system = False
-        except TemplateError:                  # no system role: its text goes above the task
+        except TemplateError:                  # no system role
             text = self.template(turns)
-            self.fold_system = True
-        has_system = s in text                 # the template may also leave it out, as our own does
-        before, rest = text.split(s) if has_system else ("", text)
-        between, rest = rest.split(u)
-        header, rest = rest.split(a)
-        turn_end, rest = rest.split(v)
-        self.has_system = has_system
+        # Its text then goes above the task; the tiny template leaves it out on purpose.
+        self.has_system = s in text
+        self.fold_system = not self.has_system and tokenizer.chat_template != TINY_TEMPLATE
+        try:
+            before, rest = text.split(s) if self.has_system else ("", text)
+            between, rest = rest.split(u)
+            header, rest = rest.split(a)
+            turn_end, rest = rest.split(v)
+        except ValueError:
+            rest = None
+        if rest != header:
+            raise ValueError(f"model={tokenizer.name_or_path!r}: its chat template does not repeat "
+                             "one form for every turn; use a model whose template does")
         self.before, self.between, self.header, self.turn_end = (
             self.encode(t, control=True) for t in (before, between, header, turn_end))
-        assert self.encode(rest, control=True) == self.header, "template changes between turns"
         # A turn may end on any eos id, and on the token that the template itself puts there.
         self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
         if self.turn_end and self.turn_end[0] in tokenizer.all_special_ids:
@@ -410,7 +417,7 @@ class Chat:
         skill_ids = []
         if skill is not None:
             text = SKILL_TEXT.format(**dataclasses.asdict(skill))
-            skill_ids = self.encode(text)[:max_skill_tokens]
+            skill_ids = self.encode(text)[:max_skill_tokens] + self.encode("\n\n")
         if self.fold_system:
             task = f"{system}\n\n{task}"
         system_ids = self.encode(system) if self.has_system else []
@@ -447,7 +454,8 @@ class Trajectory:
     messages: list = field(default_factory=list)  # the conversation as text
     turns: int = 0
     reward: float = 0.0              # completion rate R_i in [0, 1]
-    counts: dict = field(default_factory=dict)    # what went wrong, by name: cut answers, ...
+    idle: float = 0.0                # the same before the first turn: what doing nothing earns
+    counts: dict = field(default_factory=lambda: dict(cut_answers=0, truncated=0))
     error: str = ""                  # set if the environment died: the episode is left out
 
     def add_tokens(self, ids, sampled):
@@ -502,6 +510,11 @@ def try_each(calls, concurrent):
         return list(pool.map(guarded, calls))
 
 
+def begin(env):
+    """The first observation, and the completion before anything is done."""
+    return env.reset(), env.completion()
+
+
 @torch.no_grad()
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc="rollout"):
     """Play one episode in every environment, all of them as one batch, and close them.
@@ -517,18 +530,20 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     limit = cfg.max_context - cfg.max_skill_tokens             # so that either prompt leaves room
     concurrent = any(getattr(env, "concurrent", False) for env in envs)
     trajectories, chunks, rows = [], [], []                    # rows: environments still playing
-    for i, (task, error) in enumerate(try_each([env.reset for env in envs], concurrent)):
-        t = Trajectory(envs[i].task_id, envs[i].system_prompt, task, error=error)
+    begun = try_each([partial(begin, env) for env in envs], concurrent)
+    for i, (env, (start, error)) in enumerate(zip(envs, begun)):
+        t = Trajectory(env.task_id, env.system_prompt, "", error=error)
         trajectories.append(t)
         if error:
             continue
-        t.say("user", task)
+        t.task, t.idle = start
+        t.say("user", t.task)
         t.prompt_length = len(chat.prompt(t.system, t.task))
         needed = t.prompt_length + cfg.max_new_tokens
         if needed > limit:
-            raise ValueError(
-                f"max_context={cfg.max_context}: the prompt of {t.task_id}, an answer and a skill "
-                f"need {needed + cfg.max_skill_tokens} (see max_new_tokens, max_skill_tokens)")
+            t.error = (f"max_context={cfg.max_context}: the prompt, an answer (max_new_tokens) and "
+                       f"a skill (max_skill_tokens) need {needed + cfg.max_skill_tokens}")
+            continue
         rows.append(i)
         chunks.append(chat.prompt(t.system, t.task, skills[i], cfg.max_skill_tokens))
     forward = CachedForward(model, cfg.temperature)
@@ -541,7 +556,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             t.add_tokens(ids, sampled=True)
             t.logps += logps
             t.turns += 1
-            t.counts["cut_answers"] = t.counts.get("cut_answers", 0) + (ids[-1] not in chat.eos_ids)
+            t.counts["cut_answers"] += ids[-1] not in chat.eos_ids
             t.say("assistant", tokenizer.decode(ids, skip_special_tokens=True))
         steps = try_each([partial(envs[i].step, trajectories[i].messages[-1]["content"])
                           for i in rows], concurrent)
@@ -583,15 +598,38 @@ def sample_answers(forward, chunks, eos, max_new_tokens, generator, greedy):
         logp = forward(chunks)                                                       # (B, V)
         token = logp.argmax(-1, keepdim=True) if greedy else (
             torch.multinomial(logp.exp(), 1, generator=generator))                   # (B, 1)
-        sampled = zip(token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist())
-        for row, (y, logp_y) in enumerate(sampled):
-            if row in open_rows:
-                answers[row][0].append(y)
-                answers[row][1].append(logp_y)
+        tokens, logps = token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist()
+        for row in open_rows:
+            answers[row][0].append(tokens[row])
+            answers[row][1].append(logps[row])
         open_rows = [r for r in open_rows
                      if answers[r][0][-1] not in eos and len(answers[r][0]) < max_new_tokens]
         chunks = [answers[r][0][-1:] if r in open_rows else [] for r in range(len(chunks))]
     return answers
+
+
+def make_generator(model, *parts):
+    """A torch.Generator on the model's device, seeded from whole numbers and words alone."""
+    return torch.Generator(model.device).manual_seed(derived_seed(*parts))
+
+
+def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greedy=False):
+    """One episode of each task, at most cfg.rollout_batch at a time: list[Trajectory].
+
+    RuntimeError if every environment failed; else those that did have `error` set.
+    """
+    trajectories = []
+    for start in range(0, len(tasks), cfg.rollout_batch):
+        rows = slice(start, start + cfg.rollout_batch)
+        envs = [world.make_env(task) for task in tasks[rows]]
+        trajectories += rollout(model, tokenizer, envs, cfg, skills and skills[rows], generator,
+                                greedy)
+    for t in trajectories:
+        if t.error:
+            tqdm.write(f"left out: an episode of {t.task_id}: {t.error}")
+    if all(t.error for t in trajectories):
+        raise RuntimeError(f"every environment failed; the first: {trajectories[0].error}")
+    return trajectories
 
 
 # =============================================================================================
@@ -642,14 +680,13 @@ def response_logps(model, tokenizer, trajectories, temperature=1.0, skills=None,
 
 
 def micro_batches(trajectories, max_tokens):
-    """Lists of indices, similar lengths together; padded at most max_tokens, or one row."""
-    batches = [[]]
-    for i in sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids)):
-        t = trajectories[i]
-        if batches[-1] and (len(batches[-1]) + 1) * (t.prompt_length + len(t.ids)) > max_tokens:
+    """Lists of indices, similar lengths together: at most max_tokens when padded (skills aside)."""
+    lengths, batches = [t.prompt_length + len(t.ids) for t in trajectories], [[]]
+    for i in sorted(range(len(trajectories)), key=lengths.__getitem__):
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > max_tokens:
             batches.append([])
         batches[-1].append(i)
-    return batches
+    return [batch for batch in batches if batch]
 
 
 # =============================================================================================
@@ -668,11 +705,11 @@ def group_advantages(rewards, group_size, eps=1e-6, valid=None):
     Population std, in float64. Equal rewards give exactly 0, and so does a group with fewer than
     two valid episodes. Returns (n,) float32.
     """
-    r = torch.as_tensor(rewards).double()
+    r = torch.as_tensor(rewards, dtype=torch.float64)
     if r.ndim != 1 or len(r) % group_size:
         raise ValueError(f"rewards of shape {tuple(r.shape)}: must be (n,), n a multiple of "
                          f"group_size={group_size}")
-    ok = torch.ones_like(r, dtype=torch.bool) if valid is None else torch.as_tensor(valid).bool()
+    ok = torch.as_tensor([True] * len(r) if valid is None else valid, device=r.device).bool()
     r, ok = r.view(-1, group_size), ok.view(-1, group_size)                          # (tasks, G)
     n = ok.sum(1, keepdim=True).clamp(min=1)
     deviation = torch.where(ok, r - torch.where(ok, r, 0.0).sum(1, keepdim=True) / n, 0.0)
@@ -690,7 +727,7 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
     logp_student, logp_old, mask: (B, T); adv: (B,). Padding may hold anything finite.
     """
     mask = mask.bool()
-    # r_it = pi_theta(y_it) / pi_theta_old(y_it)
+    # Eq. 10: -1/N sum min(r A, clip(r) A), r = pi_theta(y) / pi_theta_old(y)
     ratio = torch.where(mask, logp_student - logp_old, 0.0).exp()                    # (B, T)
     adv = adv[:, None]                                                               # (B, 1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -706,18 +743,17 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     Value in float64, since exp(-l) soon leaves float32's range.
     """
     mask = mask.bool()
-    # Eq. 10: l = log pi_student - log pi_teacher        Eq. 11: rho = pi_student / pi_old
-    p, q, old = logp_student.double(), logp_teacher.detach().double(), logp_old.detach().double()
+    p, q, old = (x.detach().double() for x in (logp_student, logp_teacher, logp_old))
+    # Eq. 11: l = log pi_student - log pi_teacher
     log_ratio = torch.where(mask, p - q, 0.0)                                        # (B, T)
+    # Eq. 12: rho = pi_student / stopgrad(pi_old)
     rho = torch.where(mask, p - old, 0.0).exp()                                      # (B, T)
-    # Eq. 12: k3 = exp(-l) - 1 + l
+    # Eq. 13: L_SDL = 1/N sum rho * (exp(-l) - 1 + l)
     k3 = torch.expm1(-log_ratio) + log_ratio
     # Autograd of rho * k3 subtracts two numbers of size exp(-l) to get rho * l. So its value is
-    # kept and its gradient written down: d(rho * k3)/dlogp = rho * l.
-    value, gradient = (rho * k3).detach(), (rho * log_ratio).detach()
+    # a constant here and its gradient written down: d(rho * k3)/dlogp = rho * l.
     slope = torch.where(mask, logp_student - logp_student.detach(), 0.0)             # 0, gradient 1
-    # Eq. 13: the mean over the N action tokens
-    return masked_mean(value + gradient * slope, mask)
+    return masked_mean(rho * k3 + rho * log_ratio * slope, mask)
 
 
 # =============================================================================================
@@ -736,7 +772,7 @@ def sync_teacher(teacher, student):
 
 @torch.no_grad()
 def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
-    """Log-probs of the student's own tokens under x + S(x): a list of (T,) tensors.
+    """Log-probs of the sampled tokens under x + S(x): a list of (T,) tensors.
 
     None stands where the teacher is known to equal theta_old: no skill, and weights just synced.
     """
@@ -745,12 +781,11 @@ def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
     wanted = [i for i, skill in enumerate(skills) if skill is not None or not synced]
     for group in micro_batches([trajectories[i] for i in wanted], cfg.micro_batch_tokens):
         rows = [wanted[j] for j in group]
-        if rows:
-            logp, mask = response_logps(teacher, tokenizer, [trajectories[i] for i in rows],
-                                        cfg.temperature, [skills[i] for i in rows],
-                                        cfg.max_skill_tokens)
-            for i, row, used in zip(rows, logp, mask):
-                logps[i] = row[used]
+        logp, mask = response_logps(teacher, tokenizer, [trajectories[i] for i in rows],
+                                    cfg.temperature, [skills[i] for i in rows],
+                                    cfg.max_skill_tokens)
+        for i, row, used in zip(rows, logp, mask):
+            logps[i] = row[used]
     return logps
 
 
@@ -765,10 +800,10 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
     student.eval()
     n_tokens = sum(sum(t.mask) for t in trajectories)
     logp_old = [None] * len(trajectories)
-    sums = dict.fromkeys(["pg_loss", "sdl_loss", "log_ratio", "rho_minus_1", "clip_fraction"], 0.0)
     for epoch in range(cfg.updates_per_iteration):
         optimizer.zero_grad(set_to_none=True)
-        sums = dict.fromkeys(sums, 0.0)
+        sums = dict.fromkeys(["pg_loss", "sdl_loss", "log_ratio", "rho_minus_1", "clip_fraction"],
+                             0.0)
         for rows in micro_batches(trajectories, cfg.micro_batch_tokens):
             batch = [trajectories[i] for i in rows]
             logp, mask = response_logps(student, tokenizer, batch, cfg.temperature,
@@ -776,14 +811,15 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
             if epoch == 0:                     # theta is theta_old still: this is logp_old, exactly
                 for i, row, used in zip(rows, logp.detach(), mask):
                     logp_old[i] = row[used]
-            known = torch.cat([logp_old[i] for i in rows])
-            old = torch.zeros_like(logp).masked_scatter(mask, known)
+            def filled(parts):                 # the rows' (T,) tensors, laid out as logp is: (B, T)
+                return torch.zeros_like(logp).masked_scatter(mask, torch.cat(parts))
+            old = filled([logp_old[i] for i in rows])
             share = mask.sum() / n_tokens
             pg = grpo_loss(logp, old, adv[rows].to(logp.device), mask, cfg.clip_low, cfg.clip_high)
             loss = cfg.reward_weight * pg
             if logp_teacher is not None:
-                known = [logp_old[i] if logp_teacher[i] is None else logp_teacher[i] for i in rows]
-                teacher = torch.zeros_like(logp).masked_scatter(mask, torch.cat(known))
+                teacher = filled([logp_old[i] if logp_teacher[i] is None else logp_teacher[i]
+                                  for i in rows])
                 sdl = sdl_loss(logp, teacher, old, mask)
                 # Eq. 14: L = L_GRPO + lambda * L_SDL
                 loss = loss + cfg.lam * sdl
@@ -804,9 +840,11 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
         del sums["sdl_loss"], sums["log_ratio"]
     old = torch.cat(logp_old).cpu()
     recorded = torch.tensor([logp for t in trajectories for logp in t.logps])
-    return dict(sums, grad_norm=grad_norm, entropy=-old.mean().item(), action_tokens=n_tokens) | (
-        # How far sampling and scoring disagree on the same tokens; only where the student acted.
-        {} if cfg.actor == "teacher" else {"rollout_gap": (old - recorded).abs().max().item()})
+    metrics = dict(sums, grad_norm=grad_norm, action_tokens=n_tokens)
+    if cfg.actor == "student":                 # then the entropy is estimated by -log p, one sample
+        metrics["entropy"] = -old.mean().item()
+        metrics["rollout_gap"] = (old - recorded).abs().max().item()    # sampling against scoring
+    return metrics
 
 
 def pick_tasks(levels, cfg, k):
@@ -818,9 +856,12 @@ def pick_tasks(levels, cfg, k):
 
 
 def write_skills(bank, groups, student, tokenizer, cfg, generator):
-    """Write up the best and the worst trajectory of each group (CHOICE). Returns failures."""
-    chosen = [pick(group, key=lambda t: (t.reward, -t.turns)) for group in groups if group
-              for pick in (max, min)]
+    """CHOICE: the best and the worst trajectory of a group are written up. Returns failures."""
+    chosen = []
+    for group in groups:
+        ranked = sorted(group, key=lambda t: (-t.reward, t.turns))
+        if ranked and bank.open_to(ranked[0].task_id, ranked[0].reward):
+            chosen += ranked[:1] + ranked[1:][-1:]
     written, failed = summarize(chosen, student, tokenizer, cfg, generator)
     for trajectory, skill in written:
         bank.add(trajectory.task_id, skill, trajectory.reward)
@@ -829,7 +870,7 @@ def write_skills(bank, groups, student, tokenizer, cfg, generator):
 
 def train(cfg):
     """The paper's algorithm. Returns the final metrics, and writes all of the run to its folder."""
-    run, world = RunFolder(cfg), make_world(cfg)
+    run, world = RunFolder(cfg), make_world(cfg)               # log and checkpoint; tasks (below)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
@@ -851,9 +892,9 @@ def train(cfg):
 
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)
-        ids = [world.make_env(task).task_id for task in tasks]
-        decided = [bank.decided(x) for x in ids if bank.select(x)]
-        entries = [bank.select(x) for x in ids]
+        names = [world.make_env(task).task_id for task in tasks]
+        entries = [bank.select(name) for name in names]        # None where B(x) is empty
+        decided = [bank.decided(name) for name, entry in zip(names, entries) if entry]
         skills = [entry and entry["skill"] for entry in entries for _ in range(cfg.group_size)]
         in_student = skills if cfg.skill_reader == "student" else None
         episodes = play(teacher if teacher_acts else student, tokenizer, world,
@@ -867,7 +908,7 @@ def train(cfg):
         kept = [i for i, ok in enumerate(valid) if ok]
         batch, kept_skills = [episodes[i] for i in kept], [skills[i] for i in kept]
 
-        # 4. the teacher re-scores the student's tokens under x + S(x)
+        # 4. the teacher re-scores the same tokens under x + S(x)
         logp_teacher = None
         if cfg.lam and cfg.skill_reader == "teacher":
             logp_teacher = teacher_logps(teacher, tokenizer, batch, kept_skills, cfg, synced)
@@ -914,43 +955,14 @@ def train(cfg):
 # Evaluation, log, checkpoint
 # =============================================================================================
 
-def make_generator(model, *parts):
-    """A torch.Generator on the model's device, seeded from whole numbers and words alone."""
-    return torch.Generator(model.device).manual_seed(derived_seed(*parts))
-
-
-def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greedy=False):
-    """One episode of each task, at most cfg.rollout_batch at a time: list[Trajectory].
-
-    RuntimeError if every environment failed; else those that did have `error` set.
-    """
-    trajectories = []
-    for start in range(0, len(tasks), cfg.rollout_batch):
-        rows = slice(start, start + cfg.rollout_batch)
-        envs = [world.make_env(task) for task in tasks[rows]]
-        trajectories += rollout(model, tokenizer, envs, cfg, skills and skills[rows], generator,
-                                greedy)
-    if all(t.error for t in trajectories):
-        raise RuntimeError(f"every environment failed; the first: {trajectories[0].error}")
-    return trajectories
-
-
 def evaluate(model, tokenizer, world, cfg):
-    """Held-out completions under the plain prompt, one number per task, by way of playing: sampled
-    at the training temperature, and greedy. An episode whose world died counts as 0."""
-    return {name: [t.reward for t in play(model, tokenizer, world, world.heldout, cfg, None,
-                                          make_generator(model, cfg.seed, "evaluate"), greedy)]
-            for name, greedy in (("sampled", False), ("greedy", True))}
-
-
-def idle_completions(world):
-    """Completion of each held-out task before anything is done; it need not be 0."""
-    completions = []
-    for env in map(world.make_env, world.heldout):
-        env.reset()
-        completions.append(env.completion())
-        env.close()
-    return completions
+    """Held-out completions under the plain prompt, one number per task: `sampled` at the training
+    temperature, `greedy`, and `idle`, what doing nothing earns. A world that died counts as 0."""
+    sampled = play(model, tokenizer, world, world.heldout, cfg,
+                   generator=make_generator(model, cfg.seed, "evaluate"))
+    greedy = play(model, tokenizer, world, world.heldout, cfg, greedy=True)
+    return dict(sampled=[t.reward for t in sampled], greedy=[t.reward for t in greedy],
+                idle=[t.idle for t in sampled])
 
 
 def percent(values):
@@ -963,27 +975,34 @@ def percent(values):
 
 def print_table(results):
     """results: [(method, seed, result)]. Intervals are over tasks for one seed, else over seeds;
-    differences are paired, task by task."""
-    n_seeds = len({seed for _, seed, _ in results})
-    n_tasks = len(results[0][2]["base"]["sampled"])
-    columns = [(play, what) for play in ("sampled", "greedy") for what in ("acc", "comp")]
-    rows = {"base": []} | {method: [] for method, _, _ in results}     # name -> runs
+    differences are paired, task by task or seed by seed."""
+    columns = [(how, what) for how in ("sampled", "greedy") for what in ("acc", "comp")]
+    rows = {"idle": {}, "base": {}}                            # name -> seed -> column -> (tasks,)
+
+    def add(name, seed, played):
+        rows.setdefault(name, {})[seed] = {
+            (how, what): np.equal(played[how], 1.0) * 1.0 if what == "acc"
+            else np.array(played[how]) for how, what in columns}
+
     for method, seed, result in results:
-        runs = {stage: {(play, what): np.equal(x, 1.0) * 1.0 if what == "acc" else np.array(x)
-                        for play, x in result[stage].items() for what in ("acc", "comp")}
-                for stage in ("base", "trained")}
-        rows[method].append(runs["trained"])
-        rows.setdefault(f"{method} - base", []).append(
-            {c: runs["trained"][c] - runs["base"][c] for c in columns})
-        if len(rows["base"]) < n_seeds and method == results[0][0]:
-            rows["base"].append(runs["base"])
-    print(f"\n{n_tasks} held-out tasks, {n_seeds} seed(s): percent ± 95 % interval over "
-          + ("seeds" if n_seeds > 1 else "tasks"))
-    print(f"{'':<26}" + "".join(f"{f'{play} {what}':<16}" for play, what in columns))
+        idle = result["base"]["idle"]
+        add("idle", seed, dict(sampled=idle, greedy=idle))
+        add("base", seed, result["base"])
+        add(method, seed, result["trained"])
+    names = [name for name in rows if name not in ("idle", "base")]
+    pairs = [(name, "base") for name in names] + [("skill_sd", name) for name in names]
+    for a, b in pairs:
+        if a != b and a in rows:
+            rows[f"{a} - {b}"] = {seed: {c: rows[a][seed][c] - rows[b][seed][c] for c in columns}
+                                  for seed in rows[a]}
+    seeds = list(rows["base"])
+    print(f"\n{len(results[0][2]['base']['idle'])} held-out tasks, {len(seeds)} seed(s); percent, "
+          f"± 95 % interval over {'seeds' if len(seeds) > 1 else 'tasks'}")
+    print(f"{'':<28}" + "".join(f"{f'{how} {what}':<16}" for how, what in columns))
     for name, runs in rows.items():
-        cells = [percent([run[c].mean() for run in runs] if n_seeds > 1 else runs[0][c])
-                 for c in columns]
-        print(f"{name:<26}" + "".join(f"{cell:<16}" for cell in cells))
+        cells = [percent([run[c].mean() for run in runs.values()] if len(seeds) > 1
+                         else runs[seeds[0]][c]) for c in columns]
+        print(f"{name:<28}" + "".join(f"{cell:<16}" for cell in cells))
 
 
 class RunFolder:
@@ -997,7 +1016,7 @@ class RunFolder:
         self.path = Path(cfg.out) / (cfg.name or f"{cfg.method}-seed{cfg.seed}")
         self.path.mkdir(parents=True, exist_ok=True)
         known, settings = self.path / "config.json", dataclasses.asdict(cfg)
-        if known.exists():
+        if known.exists() and (self.path / "log.jsonl").exists():      # begun in earnest
             for name, value in json.loads(known.read_text()).items():
                 if name not in self.INCIDENTAL and settings.get(name) != value:
                     raise ValueError(f"{name}={settings.get(name)!r}: the run in {self.path} was "
@@ -1034,7 +1053,7 @@ class RunFolder:
         """
         file, log, base, first = self.path / "checkpoint.pt", self.path / "log.jsonl", None, 0
         if file.exists():
-            state = torch.load(file, map_location=student.device, weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             for name, part in dict(student=student, teacher=teacher, optimizer=optimizer,
                                    bank=bank).items():
                 part.load_state_dict(state[name])
@@ -1057,7 +1076,7 @@ class RunFolder:
 
 @dataclass
 class World:
-    """Tasks to train on, easiest first, and held-out ones; make_env(task) is an environment."""
+    """Tasks to train on (Sokoban: easiest first) and held-out ones; make_env(task) plays."""
     train: list
     heldout: list
     make_env: object
@@ -1090,15 +1109,9 @@ def make_world(cfg):
 # The embedded model of the demo, and its warm start
 # =============================================================================================
 
-TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
-                 "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
-                 "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
-
-
 def tiny_tokenizer(size):
     """A word-level tokenizer for the demo's texts; a whole row of wall is one token.
 
-    Its chat template leaves out the system prompt: rules in English would only be unknown words.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -1119,7 +1132,7 @@ def tiny_tokenizer(size):
 
 
 def tiny_model(tokenizer, seed):
-    """A stock Llama of about 0.2 million parameters with fresh weights."""
+    """A stock Llama of 0.16 million parameters with fresh weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed, "tiny"))
@@ -1173,6 +1186,7 @@ def warm_start(model, tokenizer, world, cfg):
             group["lr"] = cfg.warm_lr * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
         trajectories, skills, targets = zip(*batch)
         logits, _ = action_logits(model, tokenizer, trajectories, skills)
+        # Every answer is two tokens: a move, and the end of the turn.
         logp = F.log_softmax(logits, dim=-1).view(-1, 2, logits.shape[-1])           # (turns, 2, V)
         target = torch.tensor(sum(targets, []), device=logp.device)                  # (turns, 4)
         move, end = logp[:, 0, move_ids], logp[:, 1, tokenizer.eos_token_id]
@@ -1186,7 +1200,14 @@ def warm_start(model, tokenizer, world, cfg):
 def load_pretrained(path, cfg):
     """(model, tokenizer) of a chat model; float32, or small updates would be rounded away."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    window = getattr(model.config, "max_position_embeddings", cfg.max_context)
+    if cfg.max_context > window:
+        raise ValueError(f"max_context={cfg.max_context}: {path} reads at most {window} tokens")
     return model, AutoTokenizer.from_pretrained(path)
 
 
@@ -1196,18 +1217,20 @@ def load_model(cfg, world):
         return load_pretrained(cfg.model, cfg)
     names = ("seed size boxes min_moves max_moves max_turns train_levels test_levels level_seed "
              "warm_demos warm_batch warm_lr warm_noise warm_noise_skill").split()
-    code = [inspect.getsource(part) for part in (sokoban_env, tiny_tokenizer, tiny_model,
-                                                 demonstration, warm_start)]
-    key = [[getattr(cfg, name) for name in names], code, SKILL_TEXT, torch.__version__]
+    code = [inspect.getsource(part) for part in (sokoban_env, Chat, action_logits, tiny_tokenizer,
+                                                 tiny_model, demonstration, warm_start)]
+    key = [[getattr(cfg, name) for name in names], code, SKILL_TEXT, TINY_TEMPLATE,
+           torch.__version__]
     folder = Path(cfg.out) / f"warm-start-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
     if not folder.exists():
         tokenizer = tiny_tokenizer(cfg.size)
         student = tiny_model(tokenizer, cfg.seed)
         warm_start(student, tokenizer, world, cfg)
-        part = folder.with_suffix(".part")
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         student.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        os.replace(part, folder)
+        if not folder.exists():                # else another run was as quick
+            os.replace(part, folder)
     return load_pretrained(folder, cfg)
 
 
@@ -1227,7 +1250,7 @@ def show_prompts(cfg):
     student = chat.prompt(t.system, t.task)
     teacher = chat.prompt(t.system, t.task, skill, cfg.max_skill_tokens)
     extra = len(teacher) - len(student)                        # length of the skill
-    start = next(i for i, (a, b) in enumerate(zip(student + [None], teacher)) if a != b)
+    start = len(chat.before + chat.between) + len(chat.encode(t.system)) * chat.has_system
     print(f"{'student':<32}{'teacher':<32}")
     for i, y in enumerate(teacher + t.ids):
         token = f"{y:>7}  {tokenizer.convert_ids_to_tokens(y)}"
@@ -1239,8 +1262,8 @@ def show_prompts(cfg):
 def evaluate_run(folder, device):
     """Play the held-out tasks with the student of a finished run."""
     folder = Path(folder)
-    if not (folder / "student").exists():
-        raise ValueError(f"eval={str(folder)!r}: no student in it; a run writes that at its end")
+    if not (folder / "result.json").exists():
+        raise ValueError(f"eval={str(folder)!r}: not a finished run, which has a result.json")
     cfg = Config(**json.loads((folder / "config.json").read_text()))
     cfg = dataclasses.replace(cfg, device=device)
     student, tokenizer = load_pretrained(folder / "student", cfg)
@@ -1270,16 +1293,16 @@ def show_run(cfg):
 
 def run_all(cfg, given):
     """Every (method, seed) asked for, each from the warm start of its seed, as one table."""
-    methods, results = list(METHODS) if cfg.method == "all" else [cfg.method], []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        for method in methods:
-            # Defaults, then the method's row, then what was typed.
-            one = check(Config(**(METHODS[method] | given | dict(method=method, seed=seed))))
-            results.append((method, seed, RunFolder(one).read("result.json") or train(one)))
+    methods = list(METHODS) if cfg.method == "all" else [cfg.method]
+    # Defaults, then the method's row, then what was typed; all of it checked before anything runs.
+    plans = [check(Config(**(METHODS[method] | given | dict(method=method, seed=seed))))
+             for seed in range(cfg.seed, cfg.seed + cfg.seeds) for method in methods]
+    if cfg.name and len(plans) > 1:
+        raise ValueError(f"name={cfg.name!r}: one folder cannot hold {len(plans)} runs; use --out")
+    results = [(plan.method, plan.seed, RunFolder(plan).read("result.json") or train(plan))
+               for plan in plans]
     print_table(results)
-    world = make_world(one)
-    print(f"completion of an agent that does nothing: {percent(idle_completions(world))}")
-    return one
+    show_run(plans[0])
 
 
 def parse_args(argv=None):
@@ -1299,7 +1322,7 @@ def parse_args(argv=None):
 def main():
     given, run, prompts = parse_args()
     try:
-        cfg = check(Config(**given))
+        cfg = check(Config(**(METHODS.get(given.get("method"), {}) | given)))
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         if prompts:
@@ -1307,8 +1330,8 @@ def main():
         elif run:
             evaluate_run(run, cfg.device)
         else:
-            show_run(run_all(cfg, given))
-    except ValueError as error:
+            run_all(cfg, given)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -2,7 +2,6 @@
 """What must stay true. `python -m pytest -q` runs it on a CPU, about two minutes on two cores."""
 import copy
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,9 +49,12 @@ def one_seed():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A tokenizer and a tiny model with weights large enough that prompts matter."""
+    """A tokenizer and a tiny model with weights large enough that prompts matter. Each third word
+    ends an answer: some answers of a batch are over before others."""
     tokenizer = skill_sd.tiny_tokenizer(6)
-    return skill_sd.tiny_model(tokenizer, seed=0), tokenizer
+    model = skill_sd.tiny_model(tokenizer, seed=0)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(5, len(tokenizer), 3)]
+    return model, tokenizer
 
 
 def smallest(tmp_path, **settings):
@@ -181,6 +184,9 @@ def test_advantages_by_hand():
     std = math.sqrt(3) / 4                                     # population, not sample
     assert adv.tolist() == pytest.approx(
         [-1, -1, 1, 1, -0.25 / std, 0.75 / std, -0.25 / std, -0.25 / std])
+    assert group_advantages([0.0, 1.0], 2, eps=0.5).tolist() == [-0.5, 0.5]
+    close = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert group_advantages(close, 2, eps=0.0).tolist() == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3, 0.1])
@@ -191,7 +197,7 @@ def test_advantages_of_equal_rewards_are_zero(value):
 
 
 def test_advantages_leave_out_invalid_episodes():
-    adv = group_advantages([0.0, 1.0, 0.5, 1.0, 0.3, 0.7], 3, eps=0.0,
+    adv = group_advantages([0.0, 1.0, 0.9, 1.0, 0.3, 0.7], 3, eps=0.0,
                            valid=[True, True, False, True, False, False])
     assert adv.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0, 0.0]     # a group of one has no advantage
     with pytest.raises(ValueError, match="group_size=4"):
@@ -230,7 +236,7 @@ def test_parse_skill_forgives_what_surrounds_it():
     "", "no json", "{", "{" * 5000, '{"a":' * 3000, "[1, 2]", "null", '{"success_analysis": "x"}',
     json.dumps(dict(success_analysis=1, mistake_analysis="b", golden_workflow="c")),
     json.dumps(dict(success_analysis="", mistake_analysis=" ", golden_workflow="")), "\x00\ud800",
-    "x" * 200_000])
+    json.dumps(dataclasses.asdict(SKILLS[0])) + " " * 200_000])
 def test_parse_skill_refuses_what_is_none(text):
     with pytest.raises(ValueError):
         parse_skill(text)
@@ -238,13 +244,15 @@ def test_parse_skill_refuses_what_is_none(text):
 
 def test_ucb_by_hand():
     bank = SkillBank(c=1.0)
-    a, b, late = Skill("a", "", ""), Skill("b", "", ""), Skill("late", "", "")
+    a, b = Skill("a", "", ""), Skill("b", "", "")
     assert bank.select("t") is None
     assert bank.add("t", a, 0.5) and bank.add("t", b, 1.0) and bank.add("other", a)
     first = bank.select("t")
     # The older first; looking changes nothing.
     assert first["skill"] == a and bank.select("t") is first
     bank.credit(first, 0.9)
+    bank.credit(bank.select("other"), 0.0)                     # another task: N is per task
+    assert not bank.decided("other")                           # one skill is no choice
     second = bank.select("t")
     assert second["skill"] == b and not bank.decided("t")      # untried before any tried one
     bank.credit(second, 0.1)
@@ -258,21 +266,30 @@ def test_ucb_by_hand():
     greedy = SkillBank(c=0.0)
     greedy.load_state_dict(json.loads(json.dumps(bank.state_dict())))
     assert greedy.select("t")["skill"] == a and len(greedy) == len(bank) == 3
-    assert not bank.add("t", late, 0.2)                        # b was picked once, 0.2 is no better
+    assert greedy.state_dict() == bank.state_dict()
+    assert not bank.open_to("t", 0.2)                          # b was picked once, 0.2 is no better
 
 
 def test_bank_takes_only_what_is_new_and_drops_the_worst():
     bank = SkillBank(c=1.0, size=2)
     a, b, c = (Skill(name, "", "") for name in "abc")
-    assert bank.add("t", a, 0.0) and not bank.add("t", a, 1.0) and not bank.add("t", b, 0.0)
-    assert bank.add("t", b, 0.5)
+    assert bank.open_to("t", 0.0) and bank.add("t", a, 0.0) and not bank.add("t", a, 1.0)
+    assert not bank.open_to("t", 0.0) and bank.open_to("t", 0.5) and bank.add("t", b, 0.5)
+    assert not bank.open_to("t", 0.2) and bank.open_to("t", 0.6)       # it has to beat every one
     for entry, reward in zip(bank.entries["t"], (0.7, 0.2)):
         bank.credit(entry, reward)
-    assert not bank.add("t", c, 0.5)                           # no better, not all picked twice
+    assert not bank.open_to("t", 0.5)                          # no better, not all picked twice
     for entry in bank.entries["t"]:
         bank.credit(entry, 0.2)
-    assert bank.add("t", c, 0.0)
-    assert [e["skill"] for e in bank.entries["t"]] == [a, c]
+    assert bank.open_to("t", 0.0) and bank.add("t", c, 0.0)
+    assert [e["skill"] for e in bank.entries["t"]] == [a, c]   # b: mean 0.2; a: 0.45
+    assert bank.add("t", b, 0.6)                               # c is untried: it may stay
+    assert [e["skill"] for e in bank.entries["t"]] == [c, b]
+    for entry, rewards in zip(bank.entries["t"], ([0.4, 0.4], [0.2] * 5)):
+        for reward in rewards:
+            bank.credit(entry, reward)
+    assert bank.add("t", a, 0.0)                               # the worst mean goes, not sum
+    assert [e["skill"] for e in bank.entries["t"]] == [c, a]
 
 
 # ------------------------------------------------------------------------------- prompts and tokens
@@ -284,6 +301,7 @@ def test_teacher_sees_skill_only(tiny):
     skill_ids = chat.encode(skill_sd.SKILL_TEXT.format(**dataclasses.asdict(SKILLS[0])))
     at = len(chat.before + chat.between)
     assert shown == plain[:at] + skill_ids + plain[at:]
+    assert chat.prompt("rules", task, SKILLS[0], 5) == plain[:at] + skill_ids[:5] + plain[at:]
     assert "Notes" in tokenizer.decode(shown) and "Notes" not in tokenizer.decode(plain)
 
 
@@ -330,6 +348,23 @@ def test_the_conversation_is_the_templates_own(tiny):
     assert chat.next_turn("Player b3", ended=True) == chat.next_turn("Player b3", ended=False)[1:]
 
 
+def test_templates_of_other_kinds(tiny):
+    tokenizer, plain = copy.deepcopy(tiny[1]), skill_sd.TINY_TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"], "eos_token": "<|pad|>"})
+    end, up = tokenizer.convert_tokens_to_ids(["<|end|>", "up"])
+    assert Chat(tokenizer, [7, None]).eos_ids == {tokenizer.pad_token_id, end, 7}
+    ours = Chat(tokenizer).prompt("up", "down")                # leaves the system prompt out
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + plain)
+    assert Chat(tokenizer).prompt("up", "down") == ours[:1] + [up] + ours[1:]
+    tokenizer.chat_template = plain.replace(
+        "{% if m", "{% if m.role == 'system' %}<|end|>{{ m.content }}{% elif m", 1)
+    assert Chat(tokenizer).prompt("up", "down") == [end, up] + ours
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        Chat(tokenizer)
+
+
 # ------------------------------------------------------------------------------ rollout and scoring
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -370,25 +405,57 @@ def test_greedy_rollout_equals_stateless_decoding(tiny):
 
 def test_end_of_turn_is_an_action_token_and_cut_answers_are_counted(tiny):
     trajectories, cfg = played(tiny, max_new_tokens=3)
-    assert any(t.counts["cut_answers"] for t in trajectories)
+    ends, cut = skill_sd.eos_ids(tiny[0]), 0
     for t in trajectories:
-        assert len(t.logps) == sum(t.mask) and t.turns == len(t.messages) // 2
-        runs = "".join("x" if m else " " for m in t.mask).split()
-        full = sum(len(run) == 3 for run in runs)
-        assert len(runs) == t.turns and t.counts["cut_answers"] <= full
+        text = " ".join(str(y) if m else "/" for y, m in zip(t.ids, t.mask))
+        answers = [[int(y) for y in run.split()] for run in text.split("/") if run.strip()]
+        assert len(t.logps) == sum(t.mask) and t.turns == len(t.messages) // 2 == len(answers)
+        for answer in answers:
+            assert not any(y in ends for y in answer[:-1])
+            assert answer[-1] in ends or len(answer) == 3
+        assert t.counts["cut_answers"] == sum(answer[-1] not in ends for answer in answers)
+        cut += t.counts["cut_answers"]
+        assert t.counts["no_action"] + t.counts["blocked"] <= t.turns
+    assert 0 < cut < sum(t.turns for t in trajectories)
+
+
+def test_sampling_follows_the_generator(tiny):
+    def ids(seed):
+        envs = [SokobanEnv(level, 2) for level in generate_levels(4, seed=8)]
+        generator = torch.Generator().manual_seed(seed)
+        return [t.ids for t in rollout(*tiny, envs, Config(), generator=generator)]
+    assert ids(1) == ids(1) != ids(2)
 
 
 def test_long_conversations_end_as_truncated(tiny):
-    trajectories, _ = played(tiny, max_turns=6, max_context=100, max_skill_tokens=20)
-    assert any(t.counts.get("truncated") for t in trajectories)
-    assert all(t.prompt_length + len(t.ids) + 20 <= 100 for t in trajectories)
-    with pytest.raises(ValueError, match="max_context=30"):
-        played(tiny, max_context=30, max_skill_tokens=10)
+    for limit in range(100, 110):                              # the next answer has to fit as well
+        trajectories, _ = played(tiny, max_turns=6, max_context=limit, max_skill_tokens=20)
+        assert any(t.counts.get("truncated") for t in trajectories)
+        assert all(t.prompt_length + len(t.ids) + 20 <= limit for t in trajectories)
+    short, _ = played(tiny, max_context=30, max_skill_tokens=10)
+    assert all("max_context=30" in t.error and t.turns == 0 for t in short)
 
 
 class Dying(SokobanEnv):
+    """Fails in the method that its `when` names, and knows whether it was closed."""
+    when, closed = "step", False
+
+    def fail(self, name, *args):
+        if self.when == name:
+            raise OSError("the world is gone")
+        return getattr(super(), name)(*args)
+
+    def reset(self):
+        return self.fail("reset")
+
     def step(self, response):
-        raise OSError("the world is gone")
+        return self.fail("step", response)
+
+    def completion(self):
+        return self.fail("completion") if self.turn else 0.0
+
+    def close(self):
+        self.closed = True
 
 
 def test_a_dying_environment_costs_its_episode_only(tiny):
@@ -397,6 +464,25 @@ def test_a_dying_environment_costs_its_episode_only(tiny):
     dead, *fine = rollout(*tiny, envs, Config(), generator=torch.Generator().manual_seed(0))
     assert "the world is gone" in dead.error and not any(t.error for t in fine)
     assert all(t.turns <= 3 for t in fine)
+
+
+@pytest.mark.parametrize("when, concurrent, turns", [
+    ("reset", False, 0), ("step", False, 1), ("completion", True, 1), ("never", True, 2)])
+def test_environments_are_closed_and_failures_named(tiny, when, concurrent, turns):
+    env, other = (Dying(level, 2) for level in generate_levels(2, seed=1))
+    env.when, env.concurrent, other.when = when, concurrent, "never"
+    t, fine = rollout(*tiny, [env, other], Config(), generator=torch.Generator().manual_seed(0))
+    assert env.closed and other.closed and not fine.error and fine.turns == 2
+    assert t.turns == turns and t.reward == 0.0 and ("world is gone" in t.error) == (turns < 2)
+    assert fine.counts["no_action"] == other.counts["no_action"] > 0
+    assert len(fine.messages) == 5
+    assert fine.messages[-1]["content"].endswith(other.observation())
+
+
+def test_concurrent_calls_run_at_once():
+    meet = threading.Barrier(2, timeout=20)
+    assert sorted(skill_sd.try_each([meet.wait] * 2, concurrent=True)) == [(0, ""), (1, "")]
+    assert skill_sd.try_each([lambda: 1 / 0], concurrent=False)[0][1].startswith("ZeroDivision")
 
 
 # --------------------------------------------------------------------- update, sync, the whole loop
@@ -448,13 +534,72 @@ def test_teacher_pass_is_skipped_only_where_it_is_zero(tiny):
         assert same == (skills[i] is None)                     # equal prompts and weights: l is 0
 
 
+@pytest.mark.parametrize("student_reads", [False, True])
+def test_update_follows_eq_14(tiny, student_reads):
+    """The gradient is that of the whole loss, computed at once over the whole batch."""
+    cfg = Config(temperature=0.7, reward_weight=0.6, lam=0.3, max_skill_tokens=9)
+    tokenizer = tiny[1]
+    trajectories, _ = played(tiny, temperature=0.7)
+    model, teacher = copy.deepcopy(tiny[0]).train(), copy.deepcopy(tiny[0]).train()
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.1)
+    skills, adv = [SKILLS[0], None] * 3, torch.linspace(-1, 2, 6)
+    seen = skills if student_reads else None
+    logp, mask = response_logps(model, tokenizer, trajectories, 0.7, seen, 9)
+    shown, _ = response_logps(teacher, tokenizer, trajectories, 0.7, skills, 9)
+    shown[1::2] = logp[1::2]                                   # no skill, just synced: l is 0
+    loss = 0.6 * grpo_loss(logp, logp.detach(), adv, mask, 0.2, 0.28)
+    loss = loss + 0.3 * sdl_loss(logp, shown.detach(), logp.detach(), mask)
+    whole = torch.autograd.grad(loss, list(model.parameters()))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)                            # what an earlier step has left
+    logps = skill_sd.teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced=True)
+    trajectories[2].logps = [x + 0.25 for x in trajectories[2].logps]
+    metrics = skill_sd.update(model, torch.optim.SGD(model.parameters(), lr=0.0), tokenizer,
+                              trajectories, adv, logps, seen, cfg)
+    assert not model.training and not teacher.training         # no dropout, or theta_old is another
+    norm = torch.cat([g.flatten() for g in whole]).norm().item()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    scale = min(1.0, cfg.max_grad_norm / norm)
+    for p, g in zip(model.parameters(), whole):
+        assert torch.allclose(p.grad, scale * g, atol=1e-5)
+    assert metrics["entropy"] == pytest.approx(-logp[mask].mean().item(), rel=1e-4)
+    if not student_reads:
+        assert metrics["rollout_gap"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_update_clips_the_gradient_and_stops_at_nan(tiny):
+    trajectories, _ = played(tiny)
+    model, cfg = copy.deepcopy(tiny[0]), Config(max_grad_norm=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    adv = torch.linspace(-1, 1, 6)
+    metrics = skill_sd.update(model, optimizer, tiny[1], trajectories, adv, None, None, cfg)
+    total = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
+    assert metrics["grad_norm"] > 1e-3 and total == pytest.approx(1e-3, rel=1e-2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match="gradient norm nan"):
+        skill_sd.update(model, optimizer, tiny[1], trajectories, adv * math.nan, None, None, cfg)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_micro_batches_are_full_but_not_too_full():
+    sizes = [Trajectory("t", "", "", ids=[0] * n) for n in (50, 10, 40, 20, 30)]
+    for t in sizes:
+        t.prompt_length = 10
+    assert skill_sd.micro_batches(sizes, 100) == [[1, 3], [4, 2], [0]]     # 2 * 30, 2 * 50, 60
+    assert skill_sd.micro_batches(sizes, 1) == [[1], [3], [4], [2], [0]]
+    assert skill_sd.micro_batches(sizes, 300) == [[1, 3, 4, 2, 0]]
+
+
 def test_several_updates_per_iteration_move_rho(tiny):
     trajectories, _ = played(tiny)
-    model, cfg = copy.deepcopy(tiny[0]), Config(updates_per_iteration=3)
+    model = copy.deepcopy(tiny[0])
+    cfg = Config(updates_per_iteration=3, clip_low=0.0, clip_high=100.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     metrics = skill_sd.update(model, optimizer, tiny[1], trajectories, torch.ones(6), None, None,
                               cfg)
     assert metrics["rho_minus_1"] > 1e-4 and "sdl_loss" not in metrics
+    assert 0 < metrics["clip_fraction"] < 1                    # the share of tokens that fell
 
 
 @pytest.fixture(scope="module")
@@ -469,8 +614,8 @@ def test_every_method_trains(runs, method, monkeypatch):
     real_sync, real_rollout = skill_sd.sync_teacher, skill_sd.rollout
     monkeypatch.setattr(skill_sd, "sync_teacher", lambda *a: (syncs.append(1), real_sync(*a)))
 
-    def spy(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc=""):
-        if desc == "":
+    def spy(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc="rollout"):
+        if len(envs) == 12:                                    # not the 8 held-out tasks
             actors.append(skills is not None and any(skills))
         return real_rollout(model, tokenizer, envs, cfg, skills, generator, greedy, desc)
     monkeypatch.setattr(skill_sd, "rollout", spy)
@@ -496,20 +641,131 @@ def test_every_method_trains(runs, method, monkeypatch):
         assert all(torch.equal(state["teacher"][n], frozen[n]) for n in frozen)
 
 
+@pytest.mark.parametrize("method, extra", [
+    ("skill_sd", dict(sync_every=2)), ("off_policy", dict(sync_every=2)),
+    ("skill_grpo", dict(lam=0.1))])
+def test_train_hands_everyone_their_own(runs, method, extra, monkeypatch):
+    """Skills, advantages and credits meet their episodes, also where an episode is left out."""
+    cfg = smallest(runs, name=f"spied-{method}", method=method, **skill_sd.METHODS[method] | extra)
+    play, update, teacher_logps = skill_sd.play, skill_sd.update, skill_sd.teacher_logps
+    select, credit = SkillBank.select, SkillBank.credit
+    picked, episodes, synced, due, credited, seeds = {}, [], [], [], [], set()
+
+    def skills_of(batch):
+        return [picked[t.task_id] and picked[t.task_id]["skill"] for t in batch]
+
+    def spy_select(bank, task_id):
+        picked[task_id] = select(bank, task_id)
+        return picked[task_id]
+
+    def spy_play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, **more):
+        out = play(model, tokenizer, world, tasks, cfg, skills, generator, **more)
+        if len(tasks) == 12:                                   # not the 8 held-out tasks
+            seeds.add(generator.initial_seed())
+            for i, t in enumerate(out):
+                t.reward, t.error = i * i / 144, "gone" * (i == 1)
+            episodes[:], spy_play.model = out, model
+        return out
+
+    def spy_teacher(teacher, tokenizer, batch, skills, cfg, now):
+        assert skills == skills_of(batch)
+        synced.append(now)
+        return teacher_logps(teacher, tokenizer, batch, skills, cfg, now)
+
+    def spy_update(student, optimizer, tokenizer, batch, adv, logp_teacher, skills, cfg):
+        valid = [not t.error for t in episodes]
+        right = group_advantages([t.reward for t in episodes], 4, cfg.adv_eps, valid)
+        assert [id(t) for t in batch] == [id(t) for t, ok in zip(episodes, valid) if ok]
+        assert torch.equal(adv, right[torch.tensor(valid)])
+        assert skills == (skills_of(batch) if method == "skill_grpo" else None)
+        assert (spy_play.model is student) == (cfg.actor == "student")
+        for group in (episodes[:1] + episodes[2:4], episodes[4:8], episodes[8:]):
+            if skills_of(group)[0]:
+                due.append((skills_of(group)[0], sum(t.reward for t in group) / len(group)))
+        return update(student, optimizer, tokenizer, batch, adv, logp_teacher, skills, cfg)
+
+    def spy_credit(bank, entry, reward):
+        credited.append((entry["skill"], pytest.approx(reward)))
+        return credit(bank, entry, reward)
+    for name, spy in (("play", spy_play), ("update", spy_update), ("teacher_logps", spy_teacher)):
+        monkeypatch.setattr(skill_sd, name, spy)
+    monkeypatch.setattr(SkillBank, "select", spy_select)
+    monkeypatch.setattr(SkillBank, "credit", spy_credit)
+    skill_sd.train(cfg)
+    assert len(due) == 9 and due == credited                   # three tasks, from iteration 1 on
+    assert len(seeds) == 4                                     # no iteration repeats another
+    assert synced == ([] if method == "skill_grpo" else [True, False] * 2)
+
+
+def test_pick_tasks_opens_the_list_from_its_easy_end():
+    cfg = Config(tasks_per_iteration=4, iterations=40, curriculum=0.5)
+    seen = [[skill_sd.pick_tasks(range(40), dataclasses.replace(cfg, seed=seed), k)
+             for seed in range(60)] for k in (0, 10, 20, 39)]
+    assert [max(map(max, picks)) for picks in seen] == [9, 24, 39, 39]
+    assert all(min(map(min, picks)) == 0 for picks in seen)
+    assert all(len(set(pick)) == 4 for picks in seen for pick in picks)
+    assert skill_sd.pick_tasks(range(40), cfg, 38) != skill_sd.pick_tasks(range(40), cfg, 39)
+
+
+def test_best_and_worst_of_a_group_are_written_up(monkeypatch):
+    def summarize(chosen, *rest):
+        return [(t, Skill(f"{t.reward} in {t.turns}", "", "")) for t in chosen], 7
+    monkeypatch.setattr(skill_sd, "summarize", summarize)
+    group = [Trajectory("t", "", "", reward=reward, turns=turns)
+             for reward, turns in ((0.5, 3), (1.0, 9), (1.0, 4), (0.0, 2), (0.0, 5))]
+    bank = SkillBank(c=1.0)
+    assert skill_sd.write_skills(bank, [group, []], None, None, Config(), None) == 7
+    assert [(e["skill"].success_analysis, e["source_reward"]) for e in bank.entries["t"]] == [
+        ("1.0 in 4", 1.0), ("0.0 in 5", 0.0)]
+    skill_sd.write_skills(bank, [group[:2]], None, None, Config(), None)
+    assert len(bank) == 2                                      # nothing better, none tried twice
+
+
+def test_evaluation_plays_sampled_and_greedy_without_skills(tiny, monkeypatch):
+    seen, real = [], skill_sd.rollout
+
+    def spy(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, **more):
+        seen.append((greedy, skills))
+        return real(model, tokenizer, envs, cfg, skills, generator, greedy, **more)
+    monkeypatch.setattr(skill_sd, "rollout", spy)
+    levels = generate_levels(3, seed=2)
+    world = skill_sd.World([], levels, lambda level: SokobanEnv(level, 2))
+    result = skill_sd.evaluate(*tiny, world, Config())
+    assert seen == [(False, None), (True, None)]
+    assert [len(result[name]) for name in ("sampled", "greedy")] == [3, 3]
+
+
+def test_play_splits_and_stops_when_every_world_fails(tiny):
+    def skill_shown(model, tokenizer, envs, cfg, skills, generator, greedy):
+        return [Trajectory(env.task_id, "", "", error="" if skill else "gone", messages=[skill])
+                for env, skill in zip(envs, skills, strict=True)]
+    levels, cfg = generate_levels(5, seed=0), Config(rollout_batch=2)
+    world = skill_sd.World([], [], SokobanEnv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skill_sd, "rollout", skill_shown)
+        out = skill_sd.play(*tiny, world, levels, cfg, [1, 2, 3, None, 5])
+        assert [t.messages for t in out] == [[1], [2], [3], [None], [5]]
+        assert [t.task_id for t in out] == [level.task_id for level in levels]
+        with pytest.raises(RuntimeError, match="every environment failed.*gone"):
+            skill_sd.play(*tiny, world, levels, cfg, [None] * 5)
+
+
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    whole = smallest(tmp_path / "a", save_every=1)
+    whole = smallest(tmp_path / "a", iterations=5, save_every=3, sync_every=2)
     skill_sd.train(whole)
     cut = dataclasses.replace(whole, out=str(tmp_path / "b"))
     real, calls = skill_sd.rollout, []
 
     def stop(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 5:                                    # after two evaluations, two iterations
+        if len(calls) == 7:                                    # base twice, four iterations, stop
             raise KeyboardInterrupt
         return real(*args, **kwargs)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(skill_sd, "rollout", stop)
         skill_sd.train(cut)
+    saved = torch.load(tmp_path / "b" / "skill_sd-seed0" / "checkpoint.pt", weights_only=True)
+    assert saved["iteration"] == 3                             # the fourth is done again
     skill_sd.train(cut)
     for name in ("result.json", "bank.json"):
         texts = [(tmp_path / x / "skill_sd-seed0" / name).read_text() for x in "ab"]
@@ -525,6 +781,9 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     model, tokenizer = tiny
     trajectories, _ = played(tiny)
     cfg = Config(summarizer="self", summary_tokens=5, max_context=4096, model="somewhere")
+    trajectories[0].reward = 0.5
+    text = skill_sd.transcript(trajectories[0])
+    assert text.endswith("[completion: 0.50]") and trajectories[0].messages[-1]["content"] in text
     generator = torch.Generator().manual_seed(0)
     written, failed = skill_sd.summarize(trajectories, model, tokenizer, cfg, generator)
     assert written == [] and failed == len(trajectories)       # an untrained model writes no JSON
@@ -571,17 +830,20 @@ def test_command_line_is_the_config():
 
 
 def test_a_method_is_its_row_and_what_is_typed_wins(tmp_path, monkeypatch, capsys):
-    asked, values = [], dict(sampled=[1.0], greedy=[0.0])
+    asked, values = [], dict(sampled=[1.0], greedy=[0.0], idle=[0.0])
     monkeypatch.setattr(skill_sd, "train",
                         lambda cfg: asked.append(cfg) or dict(base=values, trained=values))
-    given = dict(out=str(tmp_path), method="opd", seed=3, seeds=2)
+    given = dict(out=str(tmp_path / "a"), method="opd", seed=3, seeds=2)
     skill_sd.run_all(Config(**given), given)
-    skill_sd.run_all(Config(**given, lam=0.5), given | dict(lam=0.5))
+    given = given | dict(lam=0.5, out=str(tmp_path / "b"))
+    skill_sd.run_all(Config(**given), given)
     assert [(c.method, c.seed, c.reward_weight, c.lam) for c in asked] == [
         ("opd", 3, 0.0, 1.0), ("opd", 4, 0.0, 1.0), ("opd", 3, 0.0, 0.5), ("opd", 4, 0.0, 0.5)]
-    del asked[:], given["seeds"]
-    skill_sd.run_all(Config(**given | dict(method="all")), given | dict(method="all"))
-    assert [c.method for c in asked] == list(skill_sd.METHODS) and "skill_grpo" in capsys.readouterr().out
+    del asked[:]
+    given = dict(out=str(tmp_path / "c"), method="all")
+    skill_sd.run_all(Config(**given), given)
+    assert [c.method for c in asked] == list(skill_sd.METHODS)
+    assert "skill_grpo" in capsys.readouterr().out
 
 
 def test_importing_prints_and_trains_nothing():
@@ -602,11 +864,28 @@ def test_solver_is_optimal_on_microban(moves, text):
     assert level.completion() == 1.0
 
 
+def test_demonstrations_follow_the_solver_with_noise():
+    demos = sokoban_env.demonstrations(16, seed=2, max_moves=8, max_turns=6)
+    noisy = 0
+    for messages, best, skill in demos:
+        assert len(messages) == 2 * len(best) + 1 and 1 <= len(best) <= 6
+        assert skill.keys() == dataclasses.asdict(SKILLS[0]).keys()
+        for turn, good in enumerate(best):
+            level = sokoban_env.room_in(messages[2 * turn]["content"])
+            after = [solve(level.after(m)) for m in range(4)]
+            moves = [99 if s is None else len(s) for s in after]
+            assert good == [m for m in range(4) if moves[m] == len(solve(level)) - 1]
+            noisy += MOVES.index(messages[2 * turn + 1]["content"]) not in good
+    assert noisy > 0
+    assert any(sokoban_env.analyse(messages) != skill for messages, _, skill in demos)
+
+
 def test_solver_knows_hopeless_and_too_large():
     assert solve(parse_level("#####\n#$ @#\n# . #\n#####")) is None       # a box in a corner
     assert solve(parse_level("####\n#*@#\n####")) == ""
     with pytest.raises(RuntimeError, match="state_limit=50"):
         solve(parse_level(MICROBAN[2][1]), state_limit=50)
+    solve(parse_level(MICROBAN[1][1]), state_limit=800)        # with hopeless pushes: over 1600
 
 
 @pytest.mark.parametrize("text", [text for _, text in MICROBAN])
@@ -658,6 +937,8 @@ def test_sets_of_levels_are_disjoint_up_to_symmetry():
     sets = [{sokoban_env.canonical(level) for level in levels}
             for levels in (test.train, test.heldout, val.heldout)]
     assert all(len(s) == 60 for s in sets) and len(set.union(*sets)) == 180
+    other = skill_sd.make_world(dataclasses.replace(cfg, seed=1))
+    assert other.heldout == test.heldout and other.train != test.train
     assert [level.moves for level in test.train] == sorted(level.moves for level in test.train)
     rooms = {sokoban_env.canonical(dataclasses.replace(level, boxes=0, player=-1))
              for level in test.all_tasks}
@@ -686,7 +967,7 @@ def test_distances_agree_with_the_solver():
     ("<answer> Down! </answer> not up", "down"),
     ("<answer>up</answer> or <ANSWER>right</ANSWER>", "right"), ("up, then left", "left"),
     ("", None), ("upwards uplift", None), ("<answer>jump</answer> left", None),
-    ("\x00\ud800" * 9, None), ("Right.", "right")])
+    ("\x00\ud800" * 9, None), ("Right.", "right"), ("<answer>\nup\n</answer> not left", "up")])
 def test_action_is_read_tolerantly(text, move):
     assert sokoban_env.parse_action(text) == (None if move is None else MOVES.index(move))
 
@@ -704,6 +985,7 @@ def test_environment_plays_counts_and_ends():
     observation, done = env.step("right")
     assert done and env.completion() == 1.0
     env.reset()
+    assert env.counts == {"no_action": 0, "blocked": 0}
     assert [env.step("left")[1] for _ in range(5)] == [False] * 4 + [True]
     assert env.completion() == 0.0
 
@@ -711,7 +993,7 @@ def test_environment_plays_counts_and_ends():
 def test_analyst_erases_loops_and_names_the_fatal_push():
     env = SokobanEnv(parse_level("#######\n#@ $ .#\n#  $ .#\n#     #\n#######"))
     messages = [dict(role="user", content=env.reset())]
-    for move in ["right", "left", "right", "right", "right", "banana", "down", "up"]:
+    for move in ["down", "up", "right", "left", "right", "right", "right", "banana", "down", "up"]:
         observation, _ = env.step(move)
         messages += [dict(role="assistant", content=move), dict(role="user", content=observation)]
     skill = sokoban_env.analyse(messages)
@@ -724,10 +1006,11 @@ def test_analyst_erases_loops_and_names_the_fatal_push():
         observation, _ = env.step(move)
         lost += [dict(role="assistant", content=move), dict(role="user", content=observation)]
     assert sokoban_env.analyse(lost)["golden_workflow"] == "none yet"
-    corner = SokobanEnv(parse_level("######\n#  . #\n# $@ #\n######"))
+    corner = SokobanEnv(parse_level("#######\n#  .. #\n# $@$ #\n#######"))
     messages = [dict(role="user", content=corner.reset())]
-    observation, _ = corner.step("left")
-    messages += [dict(role="assistant", content="left"), dict(role="user", content=observation)]
+    for move in ["left", "right", "right"]:                    # a second box is lost, too late
+        observation, _ = corner.step(move)
+        messages += [dict(role="assistant", content=move), dict(role="user", content=observation)]
     assert sokoban_env.analyse(messages)["mistake_analysis"] == (
         "at d3 left pushed a box to b3 where it is stuck")
 
