@@ -128,7 +128,7 @@ class Config:
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
 
     # -- warm start of the embedded model (levels and warm start were chosen on validation levels)
-    warm_demos: int = 32000          # demonstrations
+    warm_demos: int = 24000          # demonstrations
     warm_batch: int = 32             # demonstrations per step
     warm_lr: float = 3e-3            # peak learning rate
     warm_noise: float = 0.4          # share of each target spread over all moves, plain prompt
