@@ -1409,7 +1409,7 @@ def test_appworld_command_line(appworld_servers):
 
 @appworld_needed
 def test_appworld_two_training_iterations(tmp_path):
-    """The whole loop on the real engine; a model that writes no code earns what doing nothing earns."""
+    """The whole loop on the engine; a model that writes no code earns what doing nothing does."""
     cfg = skill_sd.check(Config(
         env="appworld", out=str(tmp_path), iterations=2, tasks_per_iteration=2, group_size=2,
         max_turns=2, rollout_batch=4, max_context=4000, warm_demos=64, warm_batch=8, train_levels=2,
