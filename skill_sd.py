@@ -811,8 +811,10 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
             if epoch == 0:                     # theta is theta_old still: this is logp_old, exactly
                 for i, row, used in zip(rows, logp.detach(), mask):
                     logp_old[i] = row[used]
+
             def filled(parts):                 # the rows' (T,) tensors, laid out as logp is: (B, T)
                 return torch.zeros_like(logp).masked_scatter(mask, torch.cat(parts))
+
             old = filled([logp_old[i] for i in rows])
             share = mask.sum() / n_tokens
             pg = grpo_loss(logp, old, adv[rows].to(logp.device), mask, cfg.clip_low, cfg.clip_high)
@@ -870,7 +872,8 @@ def write_skills(bank, groups, student, tokenizer, cfg, generator):
 
 def train(cfg):
     """The paper's algorithm. Returns the final metrics, and writes all of the run to its folder."""
-    run, world = RunFolder(cfg), make_world(cfg)               # log and checkpoint; tasks (below)
+    # Defined below: RunFolder is log and checkpoint, World holds the tasks and makes environments.
+    run, world = RunFolder(cfg), make_world(cfg)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
@@ -940,8 +943,8 @@ def train(cfg):
             tokens_per_second=metrics["action_tokens"] / (times[-1] - times[0]))
         if decided:
             metrics["ucb_decided"] = np.mean(decided)
-        for name, begin, end in zip(("rollout", "teacher", "update", "skills"), times, times[1:]):
-            metrics[f"seconds_{name}"] = end - begin
+        for name, start, end in zip(("rollout", "teacher", "update", "skills"), times, times[1:]):
+            metrics[f"seconds_{name}"] = end - start
         for name in {name for t in batch for name in t.counts}:
             metrics[f"count_{name}"] = sum(t.counts.get(name, 0) for t in batch)
         run.log(metrics)
@@ -1110,9 +1113,7 @@ def make_world(cfg):
 # =============================================================================================
 
 def tiny_tokenizer(size):
-    """A word-level tokenizer for the demo's texts; a whole row of wall is one token.
-
-    """
+    """A word-level tokenizer for the demo's texts; a whole row of wall is one token."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
