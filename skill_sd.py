@@ -82,6 +82,7 @@ class Config:
     device: str = "auto"             # auto (cuda if there is one, else cpu), cpu, cuda
     save_every: int = 20             # iterations between checkpoints
     split: str = "test"              # levels for the table: test, or val while tuning
+    tune_temperature: int = 0        # 1: sample held-out play at the temperature best on validation
     threads: int = 0                 # CPU threads; 0: as torch likes
 
     # -- the method
@@ -94,6 +95,7 @@ class Config:
     skill_reader: str = "teacher"    # who sees the skill while training: teacher, student, nobody
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: str = "student"           # who samples the tokens: student, or teacher with its skill
+    skill_shown: str = "own"         # own: the picked one; controls: other (a random task's), empty
     clip_low: float = 0.2            # eps_l                                            CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
     adv_eps: float = 1e-6            # added to the group's standard deviation          CHOICE
@@ -111,32 +113,34 @@ class Config:
     # -- the world
     env: str = "sokoban"             # sokoban, or appworld (see the README; not for the tiny model)
     size: int = 6                    # room size, walls included, as in the paper
-    boxes: int = 2                   # boxes per room, as in the paper
+    boxes: int = 1                   # boxes per room; the paper has 2
     min_moves: int = 3               # shortest optimal solution                        CHOICE
     max_moves: int = 8               # longest optimal solution                         CHOICE
     max_turns: int = 12              # moves per episode; the paper allows 40
-    train_levels: int = 96           # training levels, as in the paper
+    train_levels: int = 256          # training levels; the paper has 96
     test_levels: int = 512           # held-out levels; the paper uses 64
     level_seed: int = 0              # of the validation and test levels
     curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
 
     # -- the model
     model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
-    max_new_tokens: int = 4          # longest answer per turn, in tokens               CHOICE
+    max_new_tokens: int = 1          # longest answer per turn, in tokens; the tiny model's is one word
     max_context: int = 1024          # longest conversation, in tokens; longer ones are truncated
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
 
     # -- warm start of the embedded model (levels and warm start were chosen on validation levels)
-    warm_demos: int = 24000          # demonstrations
+    warm_demos: int = 32000          # demonstrations
     warm_batch: int = 32             # demonstrations per step
     warm_lr: float = 3e-3            # peak learning rate
-    warm_noise: float = 0.4          # share of each target spread over all moves, plain prompt
-    warm_noise_skill: float = 0.1    # the same when a skill is shown
+    warm_timid: float = 0.5          # share of timid moves in the play that is shown
+    warm_notes: float = 0.6          # share of demonstrations whose player has a skill
 
 
-# Methods differ by settings alone; one loop runs them all. What the command line names wins.
+# Methods differ by settings alone; one loop runs them all.
 METHODS = {
+    "base": dict(iterations=0),                                    # the warm start
+    "base_best_t": dict(iterations=0, tune_temperature=1),         # is it more than sharper play?
     "skill_sd": {},
     "grpo": dict(lam=0.0, skill_reader="nobody"),
     "opd": dict(reward_weight=0.0, lam=1.0),                       # SDL alone, no reward
@@ -144,6 +148,8 @@ METHODS = {
     "frozen": dict(sync_every=0),                                  # ablations: on-policy, frozen
     "off_policy_frozen": dict(actor="teacher", sync_every=0),
     "off_policy": dict(actor="teacher"),
+    "other_skill": dict(skill_shown="other"),                      # controls: does content matter?
+    "empty_skill": dict(skill_shown="empty"),
 }
 
 
@@ -151,6 +157,7 @@ def check(cfg):
     """ValueError naming the field, the value and what would be right."""
     choices = dict(method=[*METHODS, "all"], skill_reader=["teacher", "student", "nobody"],
                    actor=["student", "teacher"], split=["test", "val"],
+                   skill_shown=["own", "other", "empty"], tune_temperature=[0, 1],
                    summarizer=["auto", "rules", "self"], env=["sokoban", "appworld"])
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -180,7 +187,7 @@ def check(cfg):
     if not cfg.reward_weight and not (cfg.lam and cfg.skill_reader == "teacher"):
         raise ValueError(f"reward_weight=0 with lam={cfg.lam}, skill_reader={cfg.skill_reader!r}: "
                          "nothing would be learned; SDL needs lam above 0 and a reading teacher")
-    for name in ("warm_noise", "warm_noise_skill", "curriculum"):
+    for name in ("warm_timid", "warm_notes", "curriculum"):
         if getattr(cfg, name) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)}: a share, at most 1")
     return cfg
@@ -857,13 +864,22 @@ def pick_tasks(levels, cfg, k):
     return [levels[i] for i in rng.sample(range(n), cfg.tasks_per_iteration)]
 
 
+def shown_skill(bank, entry, cfg, k):
+    """The skill of the picked entry; in the controls a random task's, or one that says nothing."""
+    if cfg.skill_shown == "empty":
+        return Skill("", "", "")
+    if cfg.skill_shown == "other":
+        others = [e for entries in bank.entries.values() for e in entries if entry not in entries]
+        rng = random.Random(derived_seed(cfg.seed, "other", k, entry["skill"].golden_workflow))
+        return rng.choice(others or [entry])["skill"]
+    return entry["skill"]
+
+
 def write_skills(bank, groups, student, tokenizer, cfg, generator):
-    """CHOICE: the best and the worst trajectory of a group are written up. Returns failures."""
-    chosen = []
-    for group in groups:
-        ranked = sorted(group, key=lambda t: (-t.reward, t.turns))
-        if ranked and bank.open_to(ranked[0].task_id, ranked[0].reward):
-            chosen += ranked[:1] + ranked[1:][-1:]
+    """CHOICE: the best trajectory of a group is written up, the shortest of equals. A worse one
+    shows a teacher little that it does not know. Returns failures."""
+    best = [min(group, key=lambda t: (-t.reward, t.turns)) for group in groups if group]
+    chosen = [t for t in best if bank.open_to(t.task_id, t.reward)]
     written, failed = summarize(chosen, student, tokenizer, cfg, generator)
     for trajectory, skill in written:
         bank.add(trajectory.task_id, skill, trajectory.reward)
@@ -880,9 +896,7 @@ def train(cfg):
                                   weight_decay=0.0)
     bank = SkillBank(cfg.ucb_c, cfg.bank_size)
     uses_skills, teacher_acts = cfg.skill_reader != "nobody", cfg.actor == "teacher"
-    base, first = run.load(student, teacher, optimizer, bank)
-    if base is None:
-        base = evaluate(student, tokenizer, world, cfg)
+    first = run.load(student, teacher, optimizer, bank)
 
     for k in tqdm(range(first, cfg.iterations), run.path.name, initial=first,
                   total=cfg.iterations):
@@ -898,7 +912,8 @@ def train(cfg):
         names = [world.make_env(task).task_id for task in tasks]
         entries = [bank.select(name) for name in names]        # None where B(x) is empty
         decided = [bank.decided(name) for name, entry in zip(names, entries) if entry]
-        skills = [entry and entry["skill"] for entry in entries for _ in range(cfg.group_size)]
+        shown = [entry and shown_skill(bank, entry, cfg, k) for entry in entries]
+        skills = [skill for skill in shown for _ in range(cfg.group_size)]
         in_student = skills if cfg.skill_reader == "student" else None
         episodes = play(teacher if teacher_acts else student, tokenizer, world,
                         [task for task in tasks for _ in range(cfg.group_size)], cfg,
@@ -949,9 +964,9 @@ def train(cfg):
             metrics[f"count_{name}"] = sum(t.counts.get(name, 0) for t in batch)
         run.log(metrics)
         if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
-            run.save(student, teacher, optimizer, bank, base, k + 1)
+            run.save(student, teacher, optimizer, bank, k + 1)
 
-    return run.finish(student, tokenizer, bank, base, evaluate(student, tokenizer, world, cfg))
+    return run.finish(student, tokenizer, bank, evaluate(student, tokenizer, world, cfg))
 
 
 # =============================================================================================
@@ -961,6 +976,11 @@ def train(cfg):
 def evaluate(model, tokenizer, world, cfg):
     """Held-out completions under the plain prompt, one number per task: `sampled` at the training
     temperature, `greedy`, and `idle`, what doing nothing earns. A world that died counts as 0."""
+    if cfg.tune_temperature:
+        val = make_world(dataclasses.replace(cfg, split="val"))
+        trials = [dataclasses.replace(cfg, temperature=t) for t in (1.0, 0.8, 0.6, 0.4, 0.2)]
+        cfg = max(trials, key=lambda trial: np.mean([t.reward == 1.0 for t in play(
+            model, tokenizer, val, val.heldout, trial, generator=make_generator(model, cfg.seed))]))
     sampled = play(model, tokenizer, world, world.heldout, cfg,
                    generator=make_generator(model, cfg.seed, "evaluate"))
     greedy = play(model, tokenizer, world, world.heldout, cfg, greedy=True)
@@ -977,29 +997,24 @@ def percent(values):
 
 
 def print_table(results):
-    """results: [(method, seed, result)]. Intervals are over tasks for one seed, else over seeds;
+    """results: [(method, seed, played)]. Intervals are over tasks for one seed, else over seeds;
     differences are paired, task by task or seed by seed."""
     columns = [(how, what) for how in ("sampled", "greedy") for what in ("acc", "comp")]
-    rows = {"idle": {}, "base": {}}                            # name -> seed -> column -> (tasks,)
-
-    def add(name, seed, played):
-        rows.setdefault(name, {})[seed] = {
-            (how, what): np.equal(played[how], 1.0) * 1.0 if what == "acc"
-            else np.array(played[how]) for how, what in columns}
-
-    for method, seed, result in results:
-        idle = result["base"]["idle"]
-        add("idle", seed, dict(sampled=idle, greedy=idle))
-        add("base", seed, result["base"])
-        add(method, seed, result["trained"])
-    names = [name for name in rows if name not in ("idle", "base")]
-    pairs = [(name, "base") for name in names] + [("skill_sd", name) for name in names]
-    for a, b in pairs:
-        if a != b and a in rows:
+    rows = {}                                                  # name -> seed -> column -> (tasks,)
+    for method, seed, played in results:
+        idle = dict(sampled=played["idle"], greedy=played["idle"])
+        for name, values in (("idle", idle), (method, played)):
+            rows.setdefault(name, {})[seed] = {
+                (how, what): np.equal(values[how], 1.0) * 1.0 if what == "acc"
+                else np.array(values[how]) for how, what in columns}
+    names = [name for name in rows if name != "idle"]
+    for a, b in ([(name, "base") for name in names] + [(name, "grpo") for name in names]
+                 + [("skill_sd", "opd")]):
+        if a != b and a in rows and b in rows and a[:4] != "base":
             rows[f"{a} - {b}"] = {seed: {c: rows[a][seed][c] - rows[b][seed][c] for c in columns}
                                   for seed in rows[a]}
-    seeds = list(rows["base"])
-    print(f"\n{len(results[0][2]['base']['idle'])} held-out tasks, {len(seeds)} seed(s); percent, "
+    seeds = list(rows["idle"])
+    print(f"\n{len(results[0][2]['idle'])} held-out tasks, {len(seeds)} seed(s); percent, "
           f"± 95 % interval over {'seeds' if len(seeds) > 1 else 'tasks'}")
     print(f"{'':<28}" + "".join(f"{f'{how} {what}':<16}" for how, what in columns))
     for name, runs in rows.items():
@@ -1013,7 +1028,7 @@ class RunFolder:
 
     The same command again goes on from the last checkpoint; a finished run is not run again.
     """
-    INCIDENTAL = ("seeds", "out", "name", "device", "threads")       # may differ when going on
+    INCIDENTAL = ("seeds", "out", "name", "device", "threads", "save_every")       # may differ when going on
 
     def __init__(self, cfg):
         self.path = Path(cfg.out) / (cfg.name or f"{cfg.method}-seed{cfg.seed}")
@@ -1044,33 +1059,33 @@ class RunFolder:
             file.write(json.dumps({k: v if isinstance(v, int) else float(v)
                                    for k, v in metrics.items()}) + "\n")
 
-    def save(self, student, teacher, optimizer, bank, base, iteration):
+    def save(self, student, teacher, optimizer, bank, iteration):
         self.write("checkpoint.pt", dict(
             student=student.state_dict(), teacher=teacher.state_dict(), bank=bank.state_dict(),
-            optimizer=optimizer.state_dict(), base=base, iteration=iteration))
+            optimizer=optimizer.state_dict(), iteration=iteration))
 
     def load(self, student, teacher, optimizer, bank):
-        """Fill in the last checkpoint. Returns (base, first iteration), (None, 0) without one.
+        """Fill in the last checkpoint. Returns the first iteration still to do.
 
         Every random draw is derived from the seed and the iteration: there is no other state.
         """
-        file, log, base, first = self.path / "checkpoint.pt", self.path / "log.jsonl", None, 0
+        file, log, first = self.path / "checkpoint.pt", self.path / "log.jsonl", 0
         if file.exists():
             state = torch.load(file, map_location="cpu", weights_only=True)
             for name, part in dict(student=student, teacher=teacher, optimizer=optimizer,
                                    bank=bank).items():
                 part.load_state_dict(state[name])
-            base, first = state["base"], state["iteration"]
+            first = state["iteration"]
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         log.write_text("".join(lines[:first]))                 # what comes after is done again
-        return base, first
+        return first
 
-    def finish(self, student, tokenizer, bank, base, final):
+    def finish(self, student, tokenizer, bank, played):
         student.save_pretrained(self.path / "student")
         tokenizer.save_pretrained(self.path / "student")
         self.write("bank.json", bank.state_dict())
-        self.write("result.json", dict(base=base, trained=final))
-        return self.read("result.json")
+        self.write("result.json", played)
+        return played
 
 
 # =============================================================================================
@@ -1113,20 +1128,21 @@ def make_world(cfg):
 # =============================================================================================
 
 def tiny_tokenizer(size):
-    """A word-level tokenizer for the demo's texts; a whole row of wall is one token."""
+    """A word-level tokenizer for the demo's texts. Of a room it reads the lists of cells; the map
+    above them shows nothing else and takes a small model longer to learn to read."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, *sokoban_env.MOVES, "Player "
-             "none seen yet pushed a box to where it is stuck boxes on goals in moves of at"]
+    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, *sokoban_env.MOVES, "Walls Goals "
+             "Boxes Player none seen yet pushed a box to where it is stuck boxes on goals in moves "
+             "of at"]
     words = [word for text in texts for word in re.findall(r"\w+", text)]
     cells = [f"{chr(ord('a') + c)}{r + 1}" for r in range(size) for c in range(size)]
-    vocab = dict.fromkeys(control + list("=#_.$*@+") + words + cells + [str(n) for n in range(100)])
+    vocab = dict.fromkeys(control + words + cells + [str(n) for n in range(100)])
     ids = {word: i for i, word in enumerate(vocab)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
-    tokenizer.normalizer = normalizers.Sequence([
-        normalizers.Replace(Regex(r"^#( #)*$"), "="), normalizers.Replace(Regex(r"^# | #$"), "")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[=#_.$*@+]"), "removed", invert=True)
+    tokenizer.normalizer = normalizers.Replace(Regex(r"^#.*$"), "")                  # the map
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
         additional_special_tokens=control[2:4], chat_template=TINY_TEMPLATE)
@@ -1151,29 +1167,24 @@ def demonstration(tokenizer, system, messages, turns):
     t = Trajectory("demonstration", system, messages[0]["content"], messages=messages)
     for turn in range(turns):
         answer, observation = messages[2 * turn + 1]["content"], messages[2 * turn + 2]["content"]
-        t.add_tokens(chat.encode(answer) + [tokenizer.eos_token_id], sampled=True)
+        t.add_tokens(chat.encode(answer), sampled=True)
         if turn + 1 < turns:
-            t.add_tokens(chat.next_turn(observation, ended=True), sampled=False)
+            t.add_tokens(chat.next_turn(observation, ended=False), sampled=False)
     return t
 
 
 def warm_start(model, tokenizer, world, cfg):
-    """Teach the tiny model to play weakly on its own and better with a skill.
+    """Clone a player who is shy of boxes, and less so with notes on the level.
 
-    Soft targets: (1 - e) on the solver's best moves, e spread over all four, with e = warm_noise
-    under the plain prompt and warm_noise_skill under a skill. Rooms are none of the world's.
+    The targets are the player's own move probabilities (see sokoban_env.play_as); the notes stand
+    where a skill will. The rooms are none of the world's.
     """
     demos = sokoban_env.demonstrations(
         cfg.warm_demos, derived_seed(cfg.seed, "demos"), cfg.size, cfg.boxes, cfg.max_moves,
-        cfg.max_turns, world.all_tasks)
+        cfg.max_turns, world.all_tasks, cfg.warm_timid, cfg.warm_notes)
     rng = random.Random(derived_seed(cfg.seed, "warm"))
-    data = []
-    for messages, best, skill in tqdm(demos, desc="demonstrations", disable=None):
-        skill = Skill(**skill) if rng.random() < 0.5 else None
-        noise = cfg.warm_noise if skill is None else cfg.warm_noise_skill
-        target = [[noise / 4 + (1 - noise) * (m in good) / len(good) for m in range(4)]
-                  for good in best]
-        data.append((demonstration(tokenizer, "", messages, len(best)), skill, target))
+    data = [(demonstration(tokenizer, "", messages, len(probs)), skill and Skill(**skill), probs)
+            for messages, probs, skill in tqdm(demos, desc="demonstrations", disable=None)]
     batches = []
     for start in range(0, len(data), 50 * cfg.warm_batch):     # similar lengths: less padding
         window = sorted(data[start:start + 50 * cfg.warm_batch], key=lambda d: len(d[0].ids))
@@ -1187,11 +1198,8 @@ def warm_start(model, tokenizer, world, cfg):
             group["lr"] = cfg.warm_lr * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
         trajectories, skills, targets = zip(*batch)
         logits, _ = action_logits(model, tokenizer, trajectories, skills)
-        # Every answer is two tokens: a move, and the end of the turn.
-        logp = F.log_softmax(logits, dim=-1).view(-1, 2, logits.shape[-1])           # (turns, 2, V)
-        target = torch.tensor(sum(targets, []), device=logp.device)                  # (turns, 4)
-        move, end = logp[:, 0, move_ids], logp[:, 1, tokenizer.eos_token_id]
-        loss = -((target * move).sum(-1) + end).mean()
+        logp = F.log_softmax(logits, dim=-1)[:, move_ids]      # (turns, 4): an answer is one move
+        loss = -(torch.tensor(sum(targets, []), device=logp.device) * logp).sum(-1).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1217,7 +1225,7 @@ def load_model(cfg, world):
     if cfg.model != "tiny":
         return load_pretrained(cfg.model, cfg)
     names = ("seed size boxes min_moves max_moves max_turns train_levels test_levels level_seed "
-             "warm_demos warm_batch warm_lr warm_noise warm_noise_skill").split()
+             "warm_demos warm_batch warm_lr warm_timid warm_notes").split()
     code = [inspect.getsource(part) for part in (sokoban_env, Chat, action_logits, tiny_tokenizer,
                                                  tiny_model, demonstration, warm_start)]
     key = [[getattr(cfg, name) for name in names], code, SKILL_TEXT, TINY_TEMPLATE,
@@ -1245,8 +1253,8 @@ def show_prompts(cfg):
     tokenizer = (tiny_tokenizer(cfg.size) if cfg.model == "tiny"
                  else AutoTokenizer.from_pretrained(cfg.model))
     env, rng = world.make_env(world.train[0]), random.Random(cfg.seed)
-    messages, best = sokoban_env.play_noisily(env, sokoban_env.distances(env.level), rng, noise=0.3)
-    t = demonstration(tokenizer, env.system_prompt, messages, turns=min(3, len(best)))
+    messages, probs = sokoban_env.play_as(env, sokoban_env.distances(env.level), rng, timid=0.3)
+    t = demonstration(tokenizer, env.system_prompt, messages, turns=min(3, len(probs)))
     skill, chat = Skill(**sokoban_env.analyse(messages)), Chat(tokenizer)
     student = chat.prompt(t.system, t.task)
     teacher = chat.prompt(t.system, t.task, skill, cfg.max_skill_tokens)
@@ -1268,9 +1276,7 @@ def evaluate_run(folder, device):
     cfg = Config(**json.loads((folder / "config.json").read_text()))
     cfg = dataclasses.replace(cfg, device=device)
     student, tokenizer = load_pretrained(folder / "student", cfg)
-    base = json.loads((folder / "result.json").read_text())["base"]
-    played = evaluate(student, tokenizer, make_world(cfg), cfg)
-    print_table([(cfg.method, cfg.seed, dict(base=base, trained=played))])
+    print_table([(cfg.method, cfg.seed, evaluate(student, tokenizer, make_world(cfg), cfg))])
 
 
 def show_run(cfg):
@@ -1292,18 +1298,32 @@ def show_run(cfg):
     print(f"\nFiles: {folder}/config.json log.jsonl result.json bank.json checkpoint.pt student/")
 
 
+def plan(method, seed, cfg, given):
+    """The checked Config of one run: defaults, what was typed, and above it the method's row."""
+    row, names = METHODS[method], [f.name for f in dataclasses.fields(Config)]
+    training = set(names[names.index("group_size"):names.index("env")]) - {"temperature"}
+    if method == cfg.method:
+        for name in row:
+            if given.get(name, row[name]) != row[name]:
+                raise ValueError(f"{name}={given[name]!r}: method {method} means {row[name]!r}; "
+                                 "leave it out, or take another method")
+    elif row.get("iterations") == 0:           # the base comes along, whatever the training
+        given = {name: value for name, value in given.items() if name not in training}
+    name = cfg.name if method == cfg.method else ""
+    return check(Config(**(given | row | dict(method=method, seed=seed, name=name))))
+
+
 def run_all(cfg, given):
     """Every (method, seed) asked for, each from the warm start of its seed, as one table."""
-    methods = list(METHODS) if cfg.method == "all" else [cfg.method]
-    # Defaults, then the method's row, then what was typed; all of it checked before anything runs.
-    plans = [check(Config(**(METHODS[method] | given | dict(method=method, seed=seed))))
+    methods = list(METHODS) if cfg.method == "all" else list(dict.fromkeys(["base", cfg.method]))
+    plans = [plan(method, seed, cfg, given)                    # all checked before anything runs
              for seed in range(cfg.seed, cfg.seed + cfg.seeds) for method in methods]
-    if cfg.name and len(plans) > 1:
+    if cfg.name and (cfg.method == "all" or cfg.seeds > 1):
         raise ValueError(f"name={cfg.name!r}: one folder cannot hold {len(plans)} runs; use --out")
-    results = [(plan.method, plan.seed, RunFolder(plan).read("result.json") or train(plan))
-               for plan in plans]
+    results = [(run.method, run.seed, RunFolder(run).read("result.json") or train(run))
+               for run in plans]
     print_table(results)
-    show_run(plans[0])
+    show_run(plans[-1])
 
 
 def parse_args(argv=None):
@@ -1323,7 +1343,7 @@ def parse_args(argv=None):
 def main():
     given, run, prompts = parse_args()
     try:
-        cfg = check(Config(**(METHODS.get(given.get("method"), {}) | given)))
+        cfg = check(Config(**(given | METHODS.get(given.get("method"), {}))))
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         if prompts:

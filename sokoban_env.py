@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Sokoban for language-model agents: rules, levels, solver, text, demonstrations, the analyst.
 
-Standard library only. Everything an agent meets is text: a room with one glyph per cell and the
-player's cell, one move per answer. Levels are read and written in the standard XSB text:
+Standard library only. Everything an agent meets is text: a room with one glyph per cell, the same
+as lists of cell names, one move per answer. Levels are read and written in the standard XSB text:
 
     #  wall     _ or - or space  floor     .  goal
     $  box      *  box on a goal           @  player     +  player on a goal
@@ -101,6 +101,16 @@ def to_xsb(level):
 def render(level):
     """The room as the agent sees it: one glyph per cell, parted by blanks, `_` for the floor."""
     return "\n".join(" ".join(row) for row in glyph_rows(level, "_"))
+
+
+def cell_lists(level):
+    """The same room as names of cells: its inner walls, goals, boxes and the player."""
+    inner = [row * level.width + column for row in range(1, level.height - 1)
+             for column in range(1, level.width - 1)]
+    parts = dict(Walls=[cell for cell in inner if level.walls >> cell & 1],
+                 Goals=cells_of(level.goals), Boxes=cells_of(level.boxes), Player=[level.player])
+    return " ".join(f"{name}: {' '.join(map(level.cell_name, cells)) or 'none'}."
+                    for name, cells in parts.items())
 
 
 def parse_level(xsb_text):
@@ -341,7 +351,7 @@ SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
 The room is shown with one symbol per cell:
 # wall   _ floor   . goal   $ box   * box on a goal   @ you   + you on a goal
 Cells have names: a letter for the column (a is the leftmost) and a number for the row (1 is the \
-top).
+top). Under the room the inner walls, the goals, the boxes and your own cell are listed by name.
 
 Each answer is one move: up, down, left or right. Moving into a box pushes it one cell, if the \
 cell behind it is free. Boxes cannot be pulled, and only one box can be pushed at a time: a box \
@@ -378,8 +388,7 @@ class SokobanEnv:
         return self.observation()
 
     def observation(self, note=""):
-        player = self.state.cell_name(self.state.player)
-        return f"{note}\n{render(self.state)}\nPlayer: {player}".strip()
+        return f"{note}\n{render(self.state)}\n{cell_lists(self.state)}".strip()
 
     def step(self, response):
         """One turn: the model's text in, (observation, done) out. An unreadable text costs one."""
@@ -411,35 +420,45 @@ def room_in(observation):
     return parse_level("\n".join(line for line in observation.split("\n") if line.startswith("#")))
 
 
+def retrace(messages):
+    """What one finished conversation shows, without any solver: (rooms, path, mistake).
+
+    rooms: the Level before and after every turn; path: {(player, boxes): move} from the start to
+    the first best completion, loops left out; mistake: the first turn whose push left a box where
+    no goal can be reached from, or None. messages end with the last observation.
+    """
+    rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
+    moves = [parse_action(m["content"]) for m in messages if m["role"] == "assistant"]
+    done, live = [room.completion() for room in rooms], live_squares(rooms[0])
+    mistake = next((turn for turn, (room, after) in enumerate(zip(rooms, rooms[1:]))
+                    if after.boxes & ~room.boxes & ~live), None)
+    path = {}
+    for room, move in zip(rooms[:done.index(max(done))], moves):
+        state = room.player, room.boxes
+        if state in path:                                      # a known state: erase the loop
+            path = dict(list(path.items())[:list(path).index(state)])
+        path[state] = move
+    return rooms, path, mistake
+
+
 def analyse(messages):
     """The rule-based analyst: the three fields of a skill, written from ONE finished conversation.
 
     It stands in for the summarizing language model where the agent is too small to write. It reads
-    what such a model would read - the messages, [{"role", "content"}, ...] ending with the last
-    observation - and knows the rules of the game, but never calls the solver.
+    what such a model would read - the messages, [{"role", "content"}, ...] - and knows the rules of
+    the game, but never calls the solver.
     """
-    rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
-    moves = [parse_action(m["content"]) for m in messages if m["role"] == "assistant"]
-    start, done = rooms[0], [room.completion() for room in rooms]
-    best = done.index(max(done))
-    mistake = "none seen"
-    live = live_squares(start)
-    for room, after, move in zip(rooms, rooms[1:], moves):
-        lost = after.boxes & ~room.boxes & ~live
-        if lost:
-            mistake = (f"at {room.cell_name(room.player)} {MOVES[move]} pushed a box to "
-                       f"{room.cell_name(cells_of(lost)[0])} where it is stuck")
-            break
-    path = {}                                                  # state -> move made there
-    for room, move in zip(rooms[:best], moves):
-        if (room.player, room.boxes) in path:                  # a known state: erase the loop
-            known = list(path).index((room.player, room.boxes))
-            path = dict(list(path.items())[:known])
-        path[room.player, room.boxes] = move
-    total = start.boxes.bit_count()
+    rooms, path, turn = retrace(messages)
+    start, mistake = rooms[0], "none seen"
+    if turn is not None:
+        room, after = rooms[turn], rooms[turn + 1]
+        move = MOVES[room.steps.index(after.player - room.player)]
+        stuck = start.cell_name(cells_of(after.boxes & ~room.boxes)[0])
+        mistake = (f"at {start.cell_name(room.player)} {move} pushed a box to {stuck} "
+                   "where it is stuck")
+    total, done = start.boxes.bit_count(), max(room.completion() for room in rooms)
     return {
-        "success_analysis": f"{round(max(done) * total)} of {total} boxes on goals "
-                            f"in {len(path)} moves",
+        "success_analysis": f"{round(done * total)} of {total} boxes on goals in {len(path)} moves",
         "mistake_analysis": mistake,
         "golden_workflow": ", ".join(f"{start.cell_name(player)} {MOVES[move]}" for
                                      (player, _), move in path.items() if move is not None)
@@ -447,46 +466,87 @@ def analyse(messages):
     }
 
 
-def play_noisily(env, table, rng, noise):
-    """Play `env` with its solver's moves, each replaced by a random one at rate `noise`.
+def timid_moves(level, player, boxes):
+    """Indices into MOVES of a timid player's moves: never push, stay as far from boxes as can be."""
+    def far(a, b):
+        return abs(a // level.width - b // level.width) + abs(a % level.width - b % level.width)
+    score = {}
+    for m, step in enumerate(level.steps):
+        after = push(level, player, boxes, step)
+        if after is not None and after[1] == boxes:
+            score[m] = min(far(after[0], box) for box in cells_of(boxes))
+    return [m for m in score if score[m] == max(score.values())] or list(range(4))
 
-    Returns (messages, best): the whole conversation, and per turn the indices of the best moves.
-    Ends early in a lost state, from which nothing can be learned.
+
+def move_probs(level, player, boxes, table, timid):
+    """How a player who knows the game but is shy of boxes moves: a probability for each of MOVES.
+
+    `timid` is the share of timid moves, the rest are best moves; one move in twenty is a slip.
+    Where nothing can be saved any more all moves are timid.
     """
-    messages, best, done = [{"role": "user", "content": env.reset()}], [], False
+    best, shy = best_moves(level, player, boxes, table), timid_moves(level, player, boxes)
+    timid = timid if best else 1.0
+    return [0.05 / 4 + 0.95 * ((1 - timid) * (m in best) / max(len(best), 1)
+                               + timid * (m in shy) / len(shy)) for m in range(4)]
+
+
+def play_as(env, table, rng, timid, notes=()):
+    """One game of the player of `move_probs`: (messages, probs), probs (turns, 4).
+
+    notes: an earlier conversation about the same level. Who has them follows the way they show,
+    and takes the best move where they tell of a mistake.
+    """
+    path, warned = {}, None
+    if notes:
+        rooms, path, turn = retrace(notes)
+        warned = turn is not None and (rooms[turn].player, rooms[turn].boxes)
+    messages, probs, done = [{"role": "user", "content": env.reset()}], [], False
     while not done:
-        good = best_moves(env.level, env.state.player, env.state.boxes, table)
-        if not good:
-            break
-        best.append(good)
-        move = below(rng, 4) if rng.random() < noise else good[below(rng, len(good))]
+        state = env.state.player, env.state.boxes
+        p = move_probs(env.level, *state, table, 0.0 if state == warned else timid)
+        if state != warned and path.get(state) is not None:
+            p = [0.05 / 4 + 0.95 * (m == path[state]) for m in range(4)]
+        u, move = rng.random(), 0
+        while move < 3 and u >= sum(p[:move + 1]):
+            move += 1
         observation, done = env.step(MOVES[move])
+        probs.append(p)
         messages += [{"role": "assistant", "content": MOVES[move]},
                      {"role": "user", "content": observation}]
-    return messages, best
+    return messages, probs
 
 
-def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), per_room=8):
-    """n demonstrations to warm-start a model, in rooms that no level of `exclude` has.
+def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), timid=0.6,
+                   noted=0.6, per_room=8):
+    """n games to warm-start a model on, in rooms that no level of `exclude` has.
 
-    Returns a list of (messages, best, skill): a noisy play, the best moves at each of its turns,
-    and what the analyst wrote (a dict) after another noisy play of the same level.
+    Returns a list of (messages, probs, skill): the game, the player's move probabilities (turns, 4),
+    and in a share `noted` of the games the notes that the player had: what the analyst wrote (a
+    dict) after an earlier game of the same level; else None. ValueError if there is no other room.
     """
     def empty(room):
         return canonical(replace(room, boxes=0, player=-1))
-    rng, demos, taken = random.Random(seed), [], {empty(level) for level in exclude}
+    rng, demos, taken, misses = random.Random(seed), [], {empty(level) for level in exclude}, 0
     while len(demos) < n:
         room = random_room(rng, size, boxes)
+        misses += 1
+        if misses > 2000:
+            raise ValueError(f"size={size}, boxes={boxes}: in 2000 rooms none is left for "
+                             "demonstrations; enlarge the room or use fewer levels")
         if room is None or empty(room) in taken:
             continue
-        table = distances(room, max_moves)
-        starts = [state for state in table if not state[1] & room.goals]
+        misses, table = 0, distances(room)
+        starts = [state for state, moves in table.items()
+                  if moves <= max_moves and not state[1] & room.goals]
         for _ in range(min(per_room, len(starts), n - len(demos))):
             player, start_boxes = starts[below(rng, len(starts))]
             env = SokobanEnv(replace(room, player=player, boxes=start_boxes), max_turns)
-            earlier, _ = play_noisily(env, table, rng, 0.6 * rng.random())
-            messages, best = play_noisily(env, table, rng, 0.6 * rng.random())
-            demos.append((messages, best, analyse(earlier)))
+            earlier = ()
+            if rng.random() < noted:                           # of a player as timid, or less
+                less = 1.0 if rng.random() < 0.5 else rng.random()
+                earlier, _ = play_as(env, table, rng, timid * less)
+            messages, probs = play_as(env, table, rng, timid, earlier)
+            demos.append((messages, probs, analyse(earlier) if earlier else None))
     return demos
 
 
