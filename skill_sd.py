@@ -124,7 +124,7 @@ class Config:
 
     # -- the model
     model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
-    max_new_tokens: int = 1          # longest answer per turn, in tokens; the tiny model's is one word
+    max_new_tokens: int = 1          # longest answer, in tokens; the tiny model answers one word
     max_context: int = 1024          # longest conversation, in tokens; longer ones are truncated
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
@@ -1023,12 +1023,30 @@ def print_table(results):
         print(f"{name:<28}" + "".join(f"{cell:<16}" for cell in cells))
 
 
+def print_curves(runs):
+    """A Mermaid chart from the logs: success in training, its mean over seeds, in ten steps. Only
+    of methods whose tokens the student samples under the plain prompt."""
+    curves = {}
+    for run in runs:
+        if run.iterations >= 10 and run.actor == "student" and run.skill_reader != "student":
+            log = (RunFolder(run).path / "log.jsonl").read_text().splitlines()
+            success = np.array([json.loads(line)["success"] for line in log])
+            tenths = [100 * part.mean() for part in np.array_split(success, 10)]
+            curves.setdefault(run.method, []).append(tenths)
+    if curves:
+        print(f"\n```mermaid\nxychart-beta\n    title \"{', '.join(curves)}\"\n"
+              '    x-axis "tenth of the iterations" 1 --> 10\n    y-axis "success, %"')
+        for tenths in curves.values():
+            print(f"    line [{', '.join(f'{x:.1f}' for x in np.mean(tenths, axis=0))}]")
+        print("```")
+
+
 class RunFolder:
     """A run on disk: config.json, log.jsonl, checkpoint.pt, student/, bank.json, result.json.
 
     The same command again goes on from the last checkpoint; a finished run is not run again.
     """
-    INCIDENTAL = ("seeds", "out", "name", "device", "threads", "save_every")       # may differ when going on
+    INCIDENTAL = ("seeds", "out", "name", "device", "threads", "save_every")     # may change
 
     def __init__(self, cfg):
         self.path = Path(cfg.out) / (cfg.name or f"{cfg.method}-seed{cfg.seed}")
@@ -1133,9 +1151,9 @@ def tiny_tokenizer(size):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, *sokoban_env.MOVES, "Walls Goals "
-             "Boxes Player none seen yet pushed a box to where it is stuck boxes on goals in moves "
-             "of at"]
+    texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, *sokoban_env.MOVES, "Walls "
+             "Goals Boxes Player none seen yet pushed a box to where it is stuck boxes on goals in "
+             "moves of at"]
     words = [word for text in texts for word in re.findall(r"\w+", text)]
     cells = [f"{chr(ord('a') + c)}{r + 1}" for r in range(size) for c in range(size)]
     vocab = dict.fromkeys(control + words + cells + [str(n) for n in range(100)])
@@ -1323,6 +1341,7 @@ def run_all(cfg, given):
     results = [(run.method, run.seed, RunFolder(run).read("result.json") or train(run))
                for run in plans]
     print_table(results)
+    print_curves(plans)
     show_run(plans[-1])
 
 

@@ -467,7 +467,7 @@ def analyse(messages):
 
 
 def timid_moves(level, player, boxes):
-    """Indices into MOVES of a timid player's moves: never push, stay as far from boxes as can be."""
+    """Indices into MOVES of a timid player's moves: no push, and as far from boxes as can be."""
     def far(a, b):
         return abs(a // level.width - b // level.width) + abs(a % level.width - b % level.width)
     score = {}
@@ -520,7 +520,7 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
                    noted=0.6, per_room=8):
     """n games to warm-start a model on, in rooms that no level of `exclude` has.
 
-    Returns a list of (messages, probs, skill): the game, the player's move probabilities (turns, 4),
+    Returns a list of (messages, probs, skill): the game, its player's probabilities (turns, 4),
     and in a share `noted` of the games the notes that the player had: what the analyst wrote (a
     dict) after an earlier game of the same level; else None. ValueError if there is no other room.
     """

@@ -62,7 +62,7 @@ def tiny():
 def smallest(tmp_path, **settings):
     """A Config that trains in seconds and comes back to its tasks."""
     return Config(**(dict(
-        out=str(tmp_path), iterations=4, max_new_tokens=1, tasks_per_iteration=3, train_levels=3, test_levels=8,
+        out=str(tmp_path), iterations=4, tasks_per_iteration=3, train_levels=3, test_levels=8,
         group_size=4, max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800, warm_batch=8,
         lr=1e-2) | settings))
 
