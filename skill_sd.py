@@ -99,7 +99,7 @@ class Config:
     clip_low: float = 0.2            # eps_l                                            CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
     adv_eps: float = 1e-6            # added to the group's standard deviation          CHOICE
-    lr: float = 3e-4                 # AdamW; 1e-6 is usual for billions of weights     CHOICE
+    lr: float = 1e-3                 # AdamW; 1e-6 is usual for billions of weights     CHOICE
     max_grad_norm: float = 1.0       # gradients are clipped to this norm               CHOICE
     temperature: float = 1.0         # of sampling and of scoring alike                 CHOICE
 
@@ -175,7 +175,7 @@ def check(cfg):
     if cfg.group_size < 2 and cfg.reward_weight:
         raise ValueError(f"group_size={cfg.group_size}: the advantage of one rollout alone is "
                          "always 0; use 2 or more")
-    if cfg.tasks_per_iteration > cfg.train_levels:
+    if cfg.iterations and cfg.tasks_per_iteration > cfg.train_levels:
         raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: at most train_levels="
                          f"{cfg.train_levels}")
     if cfg.actor == "teacher" and cfg.skill_reader != "teacher":
@@ -1125,7 +1125,7 @@ def make_world(cfg):
     if cfg.env == "appworld":
         import appworld_adapter
         train_tasks = appworld_adapter.task_ids("train")
-        if cfg.tasks_per_iteration > len(train_tasks):
+        if cfg.iterations and cfg.tasks_per_iteration > len(train_tasks):
             raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: the data has "
                              f"{len(train_tasks)} training tasks; ask for no more")
         return World(train_tasks, appworld_adapter.task_ids("dev"),
