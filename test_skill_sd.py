@@ -867,6 +867,7 @@ def test_a_method_is_its_row_and_the_base_comes_along(tmp_path, monkeypatch, cap
     asked, values = [], dict(sampled=[1.0], greedy=[0.0], idle=[0.0])
     monkeypatch.setattr(skill_sd, "train", lambda cfg: asked.append(cfg) or values)
     monkeypatch.setattr(skill_sd, "show_run", lambda cfg: None)
+    monkeypatch.setattr(skill_sd, "print_curves", lambda runs: None)
     given = dict(out=str(tmp_path / "a"), method="opd", seed=3, seeds=2, lr=0.5)
     skill_sd.run_all(Config(**given), given)
     assert [(c.method, c.seed, c.reward_weight, c.lam, c.lr) for c in asked] == [
