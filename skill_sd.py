@@ -49,7 +49,10 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -61,6 +64,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
+from safetensors.torch import load_model as load_weights, save_model as save_weights
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -623,7 +627,7 @@ def make_generator(model, *parts):
 def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greedy=False):
     """One episode of each task, at most cfg.rollout_batch at a time: list[Trajectory].
 
-    RuntimeError if every environment failed; else those that did have `error` set.
+    EnvironmentError if every one failed; else those that did have `error` set.
     """
     trajectories = []
     for start in range(0, len(tasks), cfg.rollout_batch):
@@ -635,7 +639,7 @@ def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greed
         if t.error:
             tqdm.write(f"left out: an episode of {t.task_id}: {t.error}")
     if all(t.error for t in trajectories):
-        raise RuntimeError(f"every environment failed; the first: {trajectories[0].error}")
+        raise EnvironmentError(f"every environment failed; the first: {trajectories[0].error}")
     return trajectories
 
 
@@ -841,9 +845,9 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
             sums["rho_minus_1"] += (share * masked_mean((ratio - 1).abs(), mask)).item()
             sums["clip_fraction"] += (share * masked_mean(outside.float(), mask)).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm).item()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm {grad_norm}: stopped before the update; "
-                                     "try a smaller lr or lam")
+        if not math.isfinite(grad_norm + sum(sums.values())):
+            raise FloatingPointError(f"gradient norm {grad_norm}, losses {sums}: stopped before "
+                                     "the update; try a smaller lr or lam")
         optimizer.step()
     if logp_teacher is None:
         del sums["sdl_loss"], sums["log_ratio"]
@@ -920,8 +924,15 @@ def train(cfg):
                         skills if teacher_acts else in_student, generator)
         times.append(time.perf_counter())
 
-        # 3. rewards, group advantages; an episode whose world died is left out
-        valid = [not t.error for t in episodes]
+        # 3. rewards, group advantages; an episode whose world died is left out, and so is a group
+        # that has fewer than two others
+        valid = []
+        for g in range(0, len(episodes), cfg.group_size):
+            alive = [not t.error for t in episodes[g:g + cfg.group_size]]
+            valid += alive if sum(alive) >= min(2, cfg.group_size) else [False] * cfg.group_size
+        if not any(valid):
+            raise EnvironmentError("fewer than two episodes of every group ended well; the first "
+                                   f"error: {next(t.error for t in episodes if t.error)}")
         adv = group_advantages([t.reward for t in episodes], cfg.group_size, cfg.adv_eps, valid)
         kept = [i for i, ok in enumerate(valid) if ok]
         batch, kept_skills = [episodes[i] for i in kept], [skills[i] for i in kept]
@@ -933,12 +944,20 @@ def train(cfg):
         times.append(time.perf_counter())
 
         # 5. minimise L over the tokens
-        metrics = update(student, optimizer, tokenizer, batch, adv[kept], logp_teacher,
-                         in_student and kept_skills, cfg)
+        try:
+            metrics = update(student, optimizer, tokenizer, batch, adv[kept], logp_teacher,
+                             in_student and kept_skills, cfg)
+        except FloatingPointError as error:
+            run.write("non_finite.pt", dict(
+                iteration=k, trajectories=[dataclasses.asdict(t) for t in batch], adv=adv[kept],
+                skills=[skill and dataclasses.asdict(skill) for skill in kept_skills],
+                logp_teacher=logp_teacher))
+            raise FloatingPointError(f"iteration {k}: {error}; what was being trained on is in "
+                                     f"{run.path / 'non_finite.pt'}") from error
         times.append(time.perf_counter())
 
         # 6. credit the picks, then write new skills: they can be picked from iteration k + 1 on
-        groups = [[t for t in episodes[g:g + cfg.group_size] if not t.error]
+        groups = [[t for t, ok in zip(episodes[g:g + cfg.group_size], valid[g:]) if ok]
                   for g in range(0, len(episodes), cfg.group_size)]
         for entry, group in zip(entries, groups):
             if entry and group:
@@ -954,7 +973,8 @@ def train(cfg):
             success=np.mean([t.reward == 1.0 for t in batch]),
             turns=np.mean([t.turns for t in batch]),
             zero_spread_groups=sum(len({t.reward for t in group}) <= 1 for group in groups),
-            failed_episodes=len(episodes) - len(batch),
+            failed_episodes=sum(bool(t.error) for t in episodes),
+            left_out_groups=sum(not group for group in groups),
             tokens_per_second=metrics["action_tokens"] / (times[-1] - times[0]))
         if decided:
             metrics["ucb_decided"] = np.mean(decided)
@@ -963,8 +983,11 @@ def train(cfg):
         for name in {name for t in batch for name in t.counts}:
             metrics[f"count_{name}"] = sum(t.counts.get(name, 0) for t in batch)
         run.log(metrics)
-        if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
+        if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations or STOP.is_set():
             run.save(student, teacher, optimizer, bank, k + 1)
+        if STOP.is_set():
+            raise KeyboardInterrupt(f"stopped after iteration {k}; the same command, or --resume "
+                                    f"{run.path}, goes on")
 
     return run.finish(student, tokenizer, bank, evaluate(student, tokenizer, world, cfg))
 
@@ -1041,8 +1064,17 @@ def print_curves(runs):
         print("```")
 
 
+STOP = threading.Event()             # set by the first Ctrl-C: end after the current iteration
+
+
+def digests(folder):
+    """{name: SHA-256} of a checkpoint's files."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.iterdir()) if file.suffix != ".json"}
+
+
 class RunFolder:
-    """A run on disk: config.json, log.jsonl, checkpoint.pt, student/, bank.json, result.json.
+    """A run on disk: config.json, log.jsonl, checkpoint-N/, student/, bank.json, result.json.
 
     The same command again goes on from the last checkpoint; a finished run is not run again.
     """
@@ -1065,7 +1097,7 @@ class RunFolder:
         if name.endswith(".pt"):
             torch.save(data, part)
         else:
-            part.write_text(json.dumps(data, indent=1))
+            part.write_text(data if isinstance(data, str) else json.dumps(data, indent=1))
         os.replace(part, self.path / name)
 
     def read(self, name):
@@ -1078,24 +1110,52 @@ class RunFolder:
                                    for k, v in metrics.items()}) + "\n")
 
     def save(self, student, teacher, optimizer, bank, iteration):
-        self.write("checkpoint.pt", dict(
-            student=student.state_dict(), teacher=teacher.state_dict(), bank=bank.state_dict(),
-            optimizer=optimizer.state_dict(), iteration=iteration))
+        """A folder of its own, made beside and moved into place whole; the last two are kept."""
+        part, whole = self.path / "checkpoint.part", self.path / f"checkpoint-{iteration:06}"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            save_weights(student, part / "student.safetensors")
+            save_weights(teacher, part / "teacher.safetensors")
+            torch.save(dict(optimizer=optimizer.state_dict(), bank=bank.state_dict(),
+                            iteration=iteration), part / "state.pt")
+            (part / "sha256.json").write_text(json.dumps(digests(part)))
+            shutil.rmtree(whole, ignore_errors=True)           # one that was damaged
+            os.replace(part, whole)
+        except Exception as error:             # each of the three libraries has its own
+            raise OSError(f"the checkpoint after {iteration} iterations could not be written: "
+                          f"{error}; make room in {self.path}, then the same command goes on "
+                          "from the one before") from error
+        for old in sorted(self.path.glob("checkpoint-*"))[:-2]:
+            shutil.rmtree(old)
 
     def load(self, student, teacher, optimizer, bank):
-        """Fill in the last checkpoint. Returns the first iteration still to do.
+        """Fill in the newest checkpoint that is whole. Returns the first iteration still to do.
 
         Every random draw is derived from the seed and the iteration: there is no other state.
         """
-        file, log, first = self.path / "checkpoint.pt", self.path / "log.jsonl", 0
-        if file.exists():
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for name, part in dict(student=student, teacher=teacher, optimizer=optimizer,
-                                   bank=bank).items():
-                part.load_state_dict(state[name])
+        first, folders = 0, sorted(self.path.glob("checkpoint-*"), reverse=True)
+        for folder in folders:
+            try:
+                written = json.loads((folder / "sha256.json").read_text())
+                if digests(folder) != written:
+                    raise ValueError("its files are not those that were written")
+            except (OSError, ValueError) as error:
+                tqdm.write(f"{folder} is damaged ({error}); trying the one before")
+                continue
+            load_weights(student, folder / "student.safetensors")
+            load_weights(teacher, folder / "teacher.safetensors")
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            bank.load_state_dict(state["bank"])
             first = state["iteration"]
+            break
+        if folders and not first:
+            raise ValueError(f"resume={str(self.path)!r}: every checkpoint there is damaged; move "
+                             "the folder away to start anew")
+        log = self.path / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        log.write_text("".join(lines[:first]))                 # what comes after is done again
+        self.write("log.jsonl", "".join(lines[:first]))        # what comes after is done again
         return first
 
     def finish(self, student, tokenizer, bank, played):
@@ -1297,6 +1357,17 @@ def evaluate_run(folder, device):
     print_table([(cfg.method, cfg.seed, evaluate(student, tokenizer, make_world(cfg), cfg))])
 
 
+def resumed(folder, given):
+    """The Config of a run that was stopped, wherever its folder is now."""
+    folder = Path(folder)
+    try:
+        cfg = Config(**json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"resume={str(folder)!r}: not the folder of a run: {error}") from error
+    return check(dataclasses.replace(cfg, **(given | dict(out=str(folder.parent),
+                                                          name=folder.name))))
+
+
 def show_run(cfg):
     """What a reader wants to see of a finished run: a solved task, a skill, the files."""
     folder, world = RunFolder(cfg).path, make_world(cfg)
@@ -1313,7 +1384,7 @@ def show_run(cfg):
         best = max(entries, key=lambda e: (e["source_reward"], e["picks"]))
         print(f"\nOne of {len(entries)} skills of {len(bank)} tasks, picked {best['picks']} times:")
         print(json.dumps(best["skill"], indent=1))
-    print(f"\nFiles: {folder}/config.json log.jsonl result.json bank.json checkpoint.pt student/")
+    print(f"\nFiles: {folder}/config.json log.jsonl result.json bank.json checkpoint-*/ student/")
 
 
 def plan(method, seed, cfg, given):
@@ -1346,7 +1417,7 @@ def run_all(cfg, given):
 
 
 def parse_args(argv=None):
-    """The typed settings, --eval, --show-prompts. Config's comments are the help texts."""
+    """The typed settings and the other commands. Config's comments are the help texts."""
     parser = argparse.ArgumentParser(description="Skill-SD: see the top of this file.")
     source = inspect.getsource(Config)
     for f in dataclasses.fields(Config):
@@ -1354,25 +1425,40 @@ def parse_args(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
                             help=f"{comment[1]} (default: {f.default!r})".replace("%", "%%"))
     parser.add_argument("--eval", metavar="RUN", help="play held-out tasks with a run's student")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--show-prompts", action="store_true", help="both prompts, side by side")
     given = vars(parser.parse_args(argv))
-    return given, given.pop("eval"), given.pop("show_prompts")
+    return given, SimpleNamespace(**{name: given.pop(name)
+                                     for name in ("eval", "resume", "show_prompts")})
+
+
+def stop(signum, frame):
+    STOP.set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tqdm.write("stopping after this iteration; Ctrl-C again stops at once")
 
 
 def main():
-    given, run, prompts = parse_args()
+    given, command = parse_args()
     try:
         cfg = check(Config(**(given | METHODS.get(given.get("method"), {}))))
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        if prompts:
+        if command.show_prompts:
             show_prompts(cfg)
-        elif run:
-            evaluate_run(run, cfg.device)
+        elif command.eval:
+            evaluate_run(command.eval, cfg.device)
         else:
-            run_all(cfg, given)
+            signal.signal(signal.SIGINT, stop)
+            if command.resume:
+                cfg = resumed(command.resume, given)
+                print_table([(cfg.method, cfg.seed, train(cfg))])
+            else:
+                run_all(cfg, given)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(str(interrupt) or "stopped")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import appworld_adapter
 import skill_sd
@@ -627,7 +628,8 @@ def test_every_method_trains(runs, method, monkeypatch):
     lines = [json.loads(line) for line in open(runs / f"{method}-seed0" / "log.jsonl")]
     assert len(lines) == 4 and all(math.isfinite(v) for line in lines for v in line.values())
     assert all(len(result[play]) == 8 for play in ("sampled", "greedy", "idle"))
-    state = torch.load(runs / f"{method}-seed0" / "checkpoint.pt", weights_only=True)
+    last = runs / f"{method}-seed0" / "checkpoint-000004"
+    state = {name: load_file(last / f"{name}.safetensors") for name in ("student", "teacher")}
     changed = any(not torch.equal(state["student"][n], state["teacher"][n])
                   for n in state["student"])
     assert changed and len(syncs) == (4 if cfg.sync_every else 0)
@@ -646,7 +648,7 @@ def test_every_method_trains(runs, method, monkeypatch):
     assert skill_sd.evaluate(*final, world, cfg) == result
     frozen = warm[0].state_dict()
     if cfg.sync_every == 0:                                    # the teacher is the warm start still
-        assert all(torch.equal(state["teacher"][n], frozen[n]) for n in frozen)
+        assert all(torch.equal(weight, frozen[n]) for n, weight in state["teacher"].items())
 
 
 @pytest.mark.parametrize("method, extra", [
@@ -780,8 +782,132 @@ def test_play_splits_and_stops_when_every_world_fails(tiny):
         out = skill_sd.play(*tiny, world, levels, cfg, [1, 2, 3, None, 5])
         assert [t.messages for t in out] == [[1], [2], [3], [None], [5]]
         assert [t.task_id for t in out] == [level.task_id for level in levels]
-        with pytest.raises(RuntimeError, match="every environment failed.*gone"):
+        with pytest.raises(OSError, match="every environment failed.*gone"):
             skill_sd.play(*tiny, world, levels, cfg, [None] * 5)
+
+
+def traces(folder):
+    """What a run leaves that must not depend on how often it was stopped."""
+    timeless = [{k: v for k, v in json.loads(line).items() if "second" not in k}
+                for line in open(folder / "log.jsonl")]
+    return [timeless, *((folder / name).read_bytes() for name in (
+        "result.json", "bank.json", "student/model.safetensors"))]
+
+
+KILLED_AT = (2, 3, 6, 9, 12, 14, 17, 20, 23, 27)
+CHILD = """
+import os, signal, sys
+import skill_sd
+left = [int(sys.argv[1])]
+
+def killing(function):
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+for owner, name in ((skill_sd, "rollout"), (skill_sd, "update"), (skill_sd, "save_weights"),
+                    (skill_sd.torch, "save"), (skill_sd.os, "replace"), (skill_sd.shutil, "rmtree"),
+                    (skill_sd.RunFolder, "log"), (skill_sd, "digests")):
+    setattr(owner, name, killing(getattr(owner, name)))
+sys.argv = ["skill_sd.py", "--threads", "1", *sys.argv[2:]]
+skill_sd.main()
+"""
+
+
+def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
+    settings = "--iterations 6 --tasks-per-iteration 3 --train-levels 3 --test-levels 8 --lr 0.01 "
+    settings += "--group-size 4 --max-turns 5 --min-moves 1 --max-moves 3 --warm-demos 64 "
+    settings += "--save-every 1 --sync-every 2 --warm-batch 8"
+
+    def run(out, kill_at, *command):
+        return subprocess.run([sys.executable, "-c", CHILD, str(kill_at), *command,
+                               *settings.split(), "--out", out], cwd=Path(skill_sd.__file__).parent,
+                              capture_output=True, text=True)
+    assert run(tmp_path / "a", 10**9).returncode == 0
+    for kill_at in KILLED_AT:
+        assert run(tmp_path / "b", kill_at).returncode == -signal.SIGKILL
+    assert run(tmp_path / "b", 10**9).returncode == 0
+    assert traces(tmp_path / "a" / "skill_sd-seed0") == traces(tmp_path / "b" / "skill_sd-seed0")
+    print(f"{len(KILLED_AT)} kills survived")
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
+    cfg = smallest(tmp_path, save_every=1, warm_demos=64)
+    skill_sd.train(cfg)
+    folder = tmp_path / "skill_sd-seed0"
+    expected, kept = traces(folder), sorted(folder.glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-000003", "checkpoint-000004"]
+    with open(kept[1] / "state.pt", "r+b") as file:
+        file.truncate(100)
+    skill_sd.train(cfg)                                        # from the third, once more
+    assert traces(folder) == expected and "trying the one before" in capsys.readouterr().out
+    for path in folder.glob("checkpoint-*"):
+        (path / "student.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="every checkpoint there is damaged"):
+        skill_sd.train(cfg)
+
+
+def test_a_full_disk_is_reported_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    cfg = smallest(tmp_path, save_every=2, warm_demos=64)
+    real, calls = skill_sd.save_weights, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="after 4 .*No space.*make"):
+        patch.setattr(skill_sd, "save_weights", full)
+        skill_sd.train(cfg)
+    assert [p.name for p in (tmp_path / "skill_sd-seed0").glob("checkpoint-*")] == [
+        "checkpoint-000002"]
+    whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
+    skill_sd.train(whole), skill_sd.train(cfg)
+    assert traces(tmp_path / "skill_sd-seed0") == traces(tmp_path / "whole" / "skill_sd-seed0")
+
+
+def test_interrupt_ends_after_the_iteration_with_a_checkpoint(tmp_path, monkeypatch):
+    cfg = smallest(tmp_path, save_every=4, warm_demos=64)
+    real = skill_sd.update
+
+    def interrupted(*args):
+        skill_sd.stop(signal.SIGINT, None)
+        return real(*args)
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
+        patch.setattr(skill_sd, "update", interrupted)
+        skill_sd.train(cfg)
+    skill_sd.STOP.clear()
+    signal.signal(signal.SIGINT, handler)
+    folder = tmp_path / "skill_sd-seed0"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-000001"]
+    folder = folder.rename(tmp_path / "elsewhere")             # --resume takes any folder
+    resumed = skill_sd.resumed(folder, {})
+    skill_sd.train(resumed)
+    skill_sd.train(dataclasses.replace(cfg, out=str(tmp_path / "whole")))
+    assert traces(folder) == traces(tmp_path / "whole" / "skill_sd-seed0")
+    for given, message in ((dict(lr=0.5), "lr=0.5"), (dict(lam=-1.0), "lam=-1.0")):
+        with pytest.raises(ValueError, match=message):
+            skill_sd.train(skill_sd.resumed(folder, given))
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        skill_sd.resumed(tmp_path, {})
+
+
+def test_what_was_not_finite_is_kept(tmp_path, monkeypatch):
+    cfg = smallest(tmp_path, warm_demos=64)
+    monkeypatch.setattr(skill_sd, "grpo_loss", lambda logp, *rest: logp.sum() * math.nan)
+    with pytest.raises(FloatingPointError, match="iteration 0: .*non_finite.pt"):
+        skill_sd.train(cfg)
+    kept = torch.load(tmp_path / "skill_sd-seed0" / "non_finite.pt", weights_only=True)
+    assert len(kept["trajectories"]) == 12 and kept["trajectories"][0]["ids"]
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    for name in "ab":                                          # each with its own warm start
+        skill_sd.train(smallest(tmp_path / name, warm_demos=64))
+    assert traces(tmp_path / "a" / "skill_sd-seed0") == traces(tmp_path / "b" / "skill_sd-seed0")
 
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -798,8 +924,8 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(skill_sd, "rollout", stop)
         skill_sd.train(cut)
-    saved = torch.load(tmp_path / "b" / "skill_sd-seed0" / "checkpoint.pt", weights_only=True)
-    assert saved["iteration"] == 3                             # the fourth is done again
+    saved = [folder.name for folder in (tmp_path / "b" / "skill_sd-seed0").glob("checkpoint-*")]
+    assert saved == ["checkpoint-000003"]                      # the fourth is done again
     skill_sd.train(cut)
     for name in ("result.json", "bank.json"):
         texts = [(tmp_path / x / "skill_sd-seed0" / name).read_text() for x in "ab"]
@@ -858,9 +984,10 @@ def test_check_names_field_and_value(settings, message):
 
 
 def test_command_line_is_the_config():
-    given, run, prompts = skill_sd.parse_args(["--max-turns", "7", "--lr", "1e-5", "--eval", "x"])
-    assert given == dict(max_turns=7, lr=1e-5) and run == "x" and not prompts
-    assert skill_sd.parse_args([]) == ({}, None, False)
+    given, command = skill_sd.parse_args(["--max-turns", "7", "--lr", "1e-5", "--eval", "x"])
+    assert given == dict(max_turns=7, lr=1e-5)
+    assert (command.eval, command.resume, command.show_prompts) == ("x", None, False)
+    assert skill_sd.parse_args([])[0] == {}
 
 
 def test_a_method_is_its_row_and_the_base_comes_along(tmp_path, monkeypatch, capsys):
