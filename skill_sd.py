@@ -62,6 +62,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from safetensors.torch import load_model as load_weights, save_model as save_weights
@@ -200,6 +201,49 @@ def check(cfg):
 def derived_seed(*parts):
     """A 63-bit seed from whole numbers and words; the same in every process, unlike hash()."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# =============================================================================================
+# Several processes (torchrun). With one, as in most of the story, every function here does nothing.
+# Tasks are divided over the ranks and all episodes gathered, so that each rank keeps the same bank;
+# a rank scores its own episodes, and the gradients are summed.
+# =============================================================================================
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_ranks(cfg):
+    """Join the other processes of `torchrun --nproc_per_node=N skill_sd.py`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpu = cfg.device != "cpu" and torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if gpu else "gloo")
+        if cfg.tasks_per_iteration % ranks():
+            raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be a multiple "
+                             f"of the {ranks()} processes")
+
+
+def gather(mine):
+    """Every rank's list, put together as if items[rank()::ranks()] had made each."""
+    if ranks() == 1:
+        return mine
+    parts = [None] * ranks()
+    dist.all_gather_object(parts, mine)
+    whole = [None] * sum(map(len, parts))
+    for r, part in enumerate(parts):
+        whole[r::ranks()] = part
+    return whole
+
+
+def sum_over_ranks(tensors):
+    for tensor in tensors if ranks() > 1 else ():
+        dist.all_reduce(tensor)
 
 
 # =============================================================================================
@@ -621,7 +665,8 @@ def sample_answers(forward, chunks, eos, max_new_tokens, generator, greedy):
 
 def make_generator(model, *parts):
     """A torch.Generator on the model's device, seeded from whole numbers and words alone."""
-    return torch.Generator(model.device).manual_seed(derived_seed(*parts))
+    mine = (rank(),) if rank() else ()         # other ranks sample other tokens
+    return torch.Generator(model.device).manual_seed(derived_seed(*parts, *mine))
 
 
 def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greedy=False):
@@ -800,21 +845,22 @@ def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
     return logps
 
 
-def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skills, cfg):
+def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skills, cfg,
+           n_tokens=None):
     """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over one batch. Returns metrics.
 
     adv: (n,); logp_teacher: n (T,) tensors or None (see teacher_logps), or None without SDL;
-    skills: what the student itself reads, None but for skill_grpo. N is counted over the whole
-    batch: micro-batches do not change the mean.
+    skills: what the student itself reads, None but for skill_grpo; n_tokens: N of the whole batch,
+    if other ranks hold a part of it. Neither micro-batches nor ranks change the mean.
     """
     # No dropout: theta_old must be the policy that sampled, so scoring is done in eval mode.
     student.eval()
-    n_tokens = sum(sum(t.mask) for t in trajectories)
+    n_tokens = n_tokens or sum(sum(t.mask) for t in trajectories)
     logp_old = [None] * len(trajectories)
     for epoch in range(cfg.updates_per_iteration):
         optimizer.zero_grad(set_to_none=True)
-        sums = dict.fromkeys(["pg_loss", "sdl_loss", "log_ratio", "rho_minus_1", "clip_fraction"],
-                             0.0)
+        sums = dict.fromkeys(["pg_loss", "sdl_loss", "log_ratio", "rho_minus_1", "clip_fraction",
+                              "entropy"], 0.0)
         for rows in micro_batches(trajectories, cfg.micro_batch_tokens):
             batch = [trajectories[i] for i in rows]
             logp, mask = response_logps(student, tokenizer, batch, cfg.temperature,
@@ -844,6 +890,12 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
             sums["pg_loss"] += (share * pg).item()
             sums["rho_minus_1"] += (share * masked_mean((ratio - 1).abs(), mask)).item()
             sums["clip_fraction"] += (share * masked_mean(outside.float(), mask)).item()
+            sums["entropy"] -= (share * masked_mean(old, mask)).item()
+        for p in student.parameters():         # a rank may have had nothing to score
+            p.grad = torch.zeros_like(p) if p.grad is None and ranks() > 1 else p.grad
+        totals = torch.tensor(list(sums.values()), device=student.device)
+        sum_over_ranks([p.grad for p in student.parameters()] + [totals])
+        sums = dict(zip(sums, totals.tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm).item()
         if not math.isfinite(grad_norm + sum(sums.values())):
             raise FloatingPointError(f"gradient norm {grad_norm}, losses {sums}: stopped before "
@@ -851,12 +903,13 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
         optimizer.step()
     if logp_teacher is None:
         del sums["sdl_loss"], sums["log_ratio"]
-    old = torch.cat(logp_old).cpu()
-    recorded = torch.tensor([logp for t in trajectories for logp in t.logps])
     metrics = dict(sums, grad_norm=grad_norm, action_tokens=n_tokens)
-    if cfg.actor == "student":                 # then the entropy is estimated by -log p, one sample
-        metrics["entropy"] = -old.mean().item()
-        metrics["rollout_gap"] = (old - recorded).abs().max().item()    # sampling against scoring
+    if cfg.actor != "student":                 # -log p estimates the entropy of who sampled only
+        del metrics["entropy"]
+    elif trajectories:
+        recorded = torch.tensor([logp for t in trajectories for logp in t.logps])
+        gap = torch.cat(logp_old).cpu() - recorded             # sampling against scoring
+        metrics["rollout_gap"] = gap.abs().max().item()
     return metrics
 
 
@@ -884,7 +937,11 @@ def write_skills(bank, groups, student, tokenizer, cfg, generator):
     shows a teacher little that it does not know. Returns failures."""
     best = [min(group, key=lambda t: (-t.reward, t.turns)) for group in groups if group]
     chosen = [t for t in best if bank.open_to(t.task_id, t.reward)]
-    written, failed = summarize(chosen, student, tokenizer, cfg, generator)
+    # Rank 0 writes for all: sampled twice, a text could differ.
+    answer = [rank() == 0 and summarize(chosen, student, tokenizer, cfg, generator)]
+    if ranks() > 1:
+        dist.broadcast_object_list(answer)
+    written, failed = answer[0]
     for trajectory, skill in written:
         bank.add(trajectory.task_id, skill, trajectory.reward)
     return failed
@@ -903,7 +960,7 @@ def train(cfg):
     first = run.load(student, teacher, optimizer, bank)
 
     for k in tqdm(range(first, cfg.iterations), run.path.name, initial=first,
-                  total=cfg.iterations):
+                  total=cfg.iterations, disable=rank() > 0):
         times, generator = [time.perf_counter()], make_generator(student, cfg.seed, "rollout", k)
 
         # 1. theta_old <- theta (held as logp_old, see update); theta-bar <- theta
@@ -917,48 +974,54 @@ def train(cfg):
         entries = [bank.select(name) for name in names]        # None where B(x) is empty
         decided = [bank.decided(name) for name, entry in zip(names, entries) if entry]
         shown = [entry and shown_skill(bank, entry, cfg, k) for entry in entries]
-        skills = [skill for skill in shown for _ in range(cfg.group_size)]
-        in_student = skills if cfg.skill_reader == "student" else None
-        episodes = play(teacher if teacher_acts else student, tokenizer, world,
-                        [task for task in tasks for _ in range(cfg.group_size)], cfg,
-                        skills if teacher_acts else in_student, generator)
+        repeated = [(task, skill) for task, skill in list(zip(tasks, shown))[rank()::ranks()]
+                    for _ in range(cfg.group_size)]
+        in_student = cfg.skill_reader == "student"
+        played = play(teacher if teacher_acts else student, tokenizer, world,
+                      [task for task, _ in repeated], cfg,
+                      [skill for _, skill in repeated] if teacher_acts or in_student else None,
+                      generator)
+        groups = gather([played[g:g + cfg.group_size]
+                         for g in range(0, len(played), cfg.group_size)])
+        episodes = [t for group in groups for t in group]
         times.append(time.perf_counter())
 
         # 3. rewards, group advantages; an episode whose world died is left out, and so is a group
         # that has fewer than two others
-        valid = []
-        for g in range(0, len(episodes), cfg.group_size):
-            alive = [not t.error for t in episodes[g:g + cfg.group_size]]
-            valid += alive if sum(alive) >= min(2, cfg.group_size) else [False] * cfg.group_size
-        if not any(valid):
+        alive = [[not t.error for t in group] for group in groups]
+        valid = [ok and sum(group) >= min(2, cfg.group_size) for group in alive for ok in group]
+        batch = [t for t, ok in zip(episodes, valid) if ok]
+        if not batch:
             raise EnvironmentError("fewer than two episodes of every group ended well; the first "
                                    f"error: {next(t.error for t in episodes if t.error)}")
+        groups = [[t for t, ok in zip(group, valid[g * cfg.group_size:]) if ok]
+                  for g, group in enumerate(groups)]
         adv = group_advantages([t.reward for t in episodes], cfg.group_size, cfg.adv_eps, valid)
-        kept = [i for i, ok in enumerate(valid) if ok]
-        batch, kept_skills = [episodes[i] for i in kept], [skills[i] for i in kept]
+        mine = [i for i, ok in enumerate(valid)
+                if ok and i // cfg.group_size % ranks() == rank()]
+        own, skills = [episodes[i] for i in mine], [shown[i // cfg.group_size] for i in mine]
 
         # 4. the teacher re-scores the same tokens under x + S(x)
         logp_teacher = None
         if cfg.lam and cfg.skill_reader == "teacher":
-            logp_teacher = teacher_logps(teacher, tokenizer, batch, kept_skills, cfg, synced)
+            logp_teacher = teacher_logps(teacher, tokenizer, own, skills, cfg, synced)
         times.append(time.perf_counter())
 
         # 5. minimise L over the tokens
         try:
-            metrics = update(student, optimizer, tokenizer, batch, adv[kept], logp_teacher,
-                             in_student and kept_skills, cfg)
+            metrics = update(student, optimizer, tokenizer, own, adv[mine], logp_teacher,
+                             skills if in_student else None, cfg,
+                             n_tokens=sum(sum(t.mask) for t in batch))
         except FloatingPointError as error:
             run.write("non_finite.pt", dict(
-                iteration=k, trajectories=[dataclasses.asdict(t) for t in batch], adv=adv[kept],
-                skills=[skill and dataclasses.asdict(skill) for skill in kept_skills],
+                iteration=k, trajectories=[dataclasses.asdict(t) for t in own], adv=adv[mine],
+                skills=[skill and dataclasses.asdict(skill) for skill in skills],
                 logp_teacher=logp_teacher))
             raise FloatingPointError(f"iteration {k}: {error}; what was being trained on is in "
                                      f"{run.path / 'non_finite.pt'}") from error
         times.append(time.perf_counter())
 
         # 6. credit the picks, then write new skills: they can be picked from iteration k + 1 on
-        groups = [[t for t, ok in zip(episodes[g:g + cfg.group_size], valid[g:]) if ok]
-                  for g in range(0, len(episodes), cfg.group_size)]
         for entry, group in zip(entries, groups):
             if entry and group:
                 bank.credit(entry, np.mean([t.reward for t in group]))
@@ -983,9 +1046,10 @@ def train(cfg):
         for name in {name for t in batch for name in t.counts}:
             metrics[f"count_{name}"] = sum(t.counts.get(name, 0) for t in batch)
         run.log(metrics)
-        if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations or STOP.is_set():
+        stopping = any(gather([STOP.is_set()]))
+        if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations or stopping:
             run.save(student, teacher, optimizer, bank, k + 1)
-        if STOP.is_set():
+        if stopping:
             raise KeyboardInterrupt(f"stopped after iteration {k}; the same command, or --resume "
                                     f"{run.path}, goes on")
 
@@ -1004,9 +1068,10 @@ def evaluate(model, tokenizer, world, cfg):
         trials = [dataclasses.replace(cfg, temperature=t) for t in (1.0, 0.8, 0.6, 0.4, 0.2)]
         cfg = max(trials, key=lambda trial: np.mean([t.reward == 1.0 for t in play(
             model, tokenizer, val, val.heldout, trial, generator=make_generator(model, cfg.seed))]))
-    sampled = play(model, tokenizer, world, world.heldout, cfg,
-                   generator=make_generator(model, cfg.seed, "evaluate"))
-    greedy = play(model, tokenizer, world, world.heldout, cfg, greedy=True)
+    tasks = world.heldout[rank()::ranks()]
+    sampled = gather(play(model, tokenizer, world, tasks, cfg,
+                          generator=make_generator(model, cfg.seed, "evaluate")))
+    greedy = gather(play(model, tokenizer, world, tasks, cfg, greedy=True))
     return dict(sampled=[t.reward for t in sampled], greedy=[t.reward for t in greedy],
                 idle=[t.idle for t in sampled])
 
@@ -1092,7 +1157,9 @@ class RunFolder:
         self.write("config.json", settings)
 
     def write(self, name, data):
-        """Written beside and moved into place: a file is whole or absent."""
+        """Written beside and moved into place: a file is whole or absent. Rank 0 writes."""
+        if rank():
+            return
         part = self.path / f"{name}.part"
         if name.endswith(".pt"):
             torch.save(data, part)
@@ -1105,6 +1172,8 @@ class RunFolder:
         return json.loads(file.read_text()) if file.exists() else None
 
     def log(self, metrics):
+        if rank():
+            return
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps({k: v if isinstance(v, int) else float(v)
                                    for k, v in metrics.items()}) + "\n")
@@ -1112,6 +1181,8 @@ class RunFolder:
     def save(self, student, teacher, optimizer, bank, iteration):
         """A folder of its own, made beside and moved into place whole; the last two are kept."""
         part, whole = self.path / "checkpoint.part", self.path / f"checkpoint-{iteration:06}"
+        if rank():
+            return
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
@@ -1159,8 +1230,9 @@ class RunFolder:
         return first
 
     def finish(self, student, tokenizer, bank, played):
-        student.save_pretrained(self.path / "student")
-        tokenizer.save_pretrained(self.path / "student")
+        if not rank():
+            student.save_pretrained(self.path / "student")
+            tokenizer.save_pretrained(self.path / "student")
         self.write("bank.json", bank.state_dict())
         self.write("result.json", played)
         return played
@@ -1309,7 +1381,7 @@ def load_model(cfg, world):
     key = [[getattr(cfg, name) for name in names], code, SKILL_TEXT, TINY_TEMPLATE,
            torch.__version__]
     folder = Path(cfg.out) / f"warm-start-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
-    if not folder.exists():
+    if not folder.exists() and not rank():
         tokenizer = tiny_tokenizer(cfg.size)
         student = tiny_model(tokenizer, cfg.seed)
         warm_start(student, tokenizer, world, cfg)
@@ -1318,6 +1390,7 @@ def load_model(cfg, world):
         tokenizer.save_pretrained(part)
         if not folder.exists():                # else another run was as quick
             os.replace(part, folder)
+    gather([])                                 # the other ranks wait for it
     return load_pretrained(folder, cfg)
 
 
@@ -1411,9 +1484,10 @@ def run_all(cfg, given):
         raise ValueError(f"name={cfg.name!r}: one folder cannot hold {len(plans)} runs; use --out")
     results = [(run.method, run.seed, RunFolder(run).read("result.json") or train(run))
                for run in plans]
-    print_table(results)
-    print_curves(plans)
-    show_run(plans[-1])
+    if not rank():
+        print_table(results)
+        print_curves(plans)
+        show_run(plans[-1])
 
 
 def parse_args(argv=None):
@@ -1450,11 +1524,14 @@ def main():
             evaluate_run(command.eval, cfg.device)
         else:
             signal.signal(signal.SIGINT, stop)
+            start_ranks(cfg)
             if command.resume:
                 cfg = resumed(command.resume, given)
                 print_table([(cfg.method, cfg.seed, train(cfg))])
             else:
                 run_all(cfg, given)
+            if ranks() > 1:
+                dist.destroy_process_group()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:

@@ -128,6 +128,9 @@ def parse_level(xsb_text):
         raise ValueError("level is empty: expected XSB text, lines of '#', ' ', '.', '$', '*', "
                          "'@', '+'")
     width, height = max(map(len, rows)), len(rows)
+    if width > 26 or height > 99:                  # a column's name is one letter
+        raise ValueError(f"level of {width} columns and {height} rows in lines {first + 1}-"
+                         f"{first + height} (column 1 on): at most 26 columns and 99 rows")
     masks = dict.fromkeys("wgbp", 0)
     players = []
     for r, row in enumerate(rows):
@@ -154,7 +157,9 @@ def parse_level(xsb_text):
                          "(column 1 on): a level has at least one box and as many goals")
     player = players[0][0] * width + players[0][1]
     inside = 0
-    for start in [player, *cells_of(masks["b"])]:      # a room closed off from the player is legal
+    for start in [player, *cells_of(masks["b"] | masks["g"])]:         # closed-off rooms are legal
+        if inside >> start & 1:
+            continue
         region = flood(start, masks["w"], width, height)
         if region is None:
             r, c = divmod(start, width)
@@ -162,7 +167,7 @@ def parse_level(xsb_text):
                              "the walls: every way from it to the edge must be closed by '#'")
         inside |= region
     outside = (1 << width * height) - 1 & ~inside
-    return Level(width, height, outside, masks["g"] & inside, masks["b"], player)
+    return Level(width, height, outside, masks["g"], masks["b"], player)
 
 
 def flood(start, walls, width, height):
@@ -369,9 +374,11 @@ def parse_action(text):
     The last <answer>...</answer> decides if there is one, else the whole text; in it, the last of
     the four direction words, in any case.
     """
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.IGNORECASE | re.DOTALL)
-    words = re.findall(r"\b(up|down|left|right)\b", tagged[-1] if tagged else text, re.IGNORECASE)
-    return MOVES.index(words[-1].lower()) if words else None
+    text = text.lower()                      # to a regex that ignores case, a dotless i is an i too
+    closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
+    tagged = [inside for _, opened, inside in closed if opened]
+    words = re.findall(r"\b(up|down|left|right)\b", tagged[-1] if tagged else text)
+    return MOVES.index(words[-1]) if words else None
 
 
 class SokobanEnv:

@@ -904,6 +904,80 @@ def test_what_was_not_finite_is_kept(tmp_path, monkeypatch):
     assert len(kept["trajectories"]) == 12 and kept["trajectories"][0]["ids"]
 
 
+RANK_CHILD = """
+import copy, json, sys, torch
+import skill_sd, test_skill_sd
+from pathlib import Path
+torch.set_num_threads(1)
+out, what = Path(sys.argv[1]), sys.argv[2]
+cfg = test_skill_sd.smallest(out, device="cpu", iterations=3, tasks_per_iteration=2, warm_demos=64)
+skill_sd.start_ranks(cfg)
+if what == "update":
+    test_skill_sd.one_update(out, skill_sd.rank(), skill_sd.ranks())
+    for n in (0, 1, 5):
+        assert skill_sd.gather(list(range(n))[skill_sd.rank()::2]) == list(range(n))
+elif what == "die" and skill_sd.rank():
+    skill_sd.rollout = lambda *a, **k: sys.exit("error: this rank is gone")
+if what != "update":
+    banks = []
+    skill_sd.SkillBank.__init__ = (lambda real: lambda self, *a: banks.append(self) or real(
+        self, *a))(skill_sd.SkillBank.__init__)
+    skill_sd.train(cfg)
+    print("bank " + json.dumps(banks[0].state_dict()), flush=True)
+skill_sd.dist.destroy_process_group()
+"""
+
+
+def one_update(out, rank, ranks):
+    """The parameters after one update on this rank's share of the same eight trajectories."""
+    tokenizer = skill_sd.tiny_tokenizer(6)
+    model, teacher = skill_sd.tiny_model(tokenizer, 0), skill_sd.tiny_model(tokenizer, 1)
+    trajectories, cfg = played((model, tokenizer), n=8, lam=0.5, micro_batch_tokens=200)
+    adv, optimizer = torch.linspace(-1, 1, 8), torch.optim.SGD(model.parameters(), lr=0.1)
+    mine = list(range(8))[rank::ranks]
+    own = [trajectories[i] for i in mine]
+    logps = skill_sd.teacher_logps(teacher, tokenizer, own, [SKILLS[0]] * len(own), cfg, True)
+    metrics = skill_sd.update(model, optimizer, tokenizer, own, adv[mine], logps, None, cfg,
+                              n_tokens=sum(sum(t.mask) for t in trajectories))
+    if not rank:
+        torch.save((model.state_dict(), metrics["pg_loss"], metrics["sdl_loss"]),
+                   out / f"update-{ranks}.pt")
+
+
+def torchrun(tmp_path, what):
+    child = tmp_path / "child.py"
+    child.write_text(RANK_CHILD)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         child, tmp_path, what], env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent)),
+        capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_make_the_update_of_one(tmp_path):
+    answer = torchrun(tmp_path, "update")
+    assert answer.returncode == 0, answer.stderr
+    one_update(tmp_path, 0, 1)
+    (one, *losses), (two, *others) = (torch.load(tmp_path / f"update-{n}.pt") for n in (1, 2))
+    assert losses == pytest.approx(others, abs=1e-6)
+    assert max((one[n] - two[n]).abs().max().item() for n in one) < 1e-6
+    print("2 ranks compared with 1")
+
+
+def test_two_ranks_train_and_keep_one_bank(tmp_path):
+    answer = torchrun(tmp_path, "train")
+    assert answer.returncode == 0, answer.stderr
+    folder = tmp_path / "skill_sd-seed0"
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+    assert len(json.loads((folder / "result.json").read_text())["sampled"]) == 8
+    banks = [json.loads(line[5:]) for line in answer.stdout.splitlines() if line[:5] == "bank "]
+    assert len(banks) == 2 and banks[0] == banks[1] and banks[0]
+
+
+def test_a_rank_that_dies_ends_all(tmp_path):
+    answer = torchrun(tmp_path, "die")
+    assert answer.returncode != 0 and "this rank is gone" in answer.stderr
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path):
     for name in "ab":                                          # each with its own warm start
         skill_sd.train(smallest(tmp_path / name, warm_demos=64))
