@@ -316,9 +316,9 @@ def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude
     start is drawn among those at one distance in [min_moves, max_moves], no box on a goal. Equal
     arguments give equal lists on every machine. `exclude`: levels to stay clear of, up to symmetry.
     """
-    if size < 4 or boxes < 1 or 2 * boxes + 1 > (size - 2) ** 2:
-        raise ValueError(f"size={size}, boxes={boxes}: a room of that size (walls included) must "
-                         "hold the player, the boxes and as many free goals")
+    if not 4 <= size <= 26 or boxes < 1 or 2 * boxes + 1 > (size - 2) ** 2:
+        raise ValueError(f"size={size}, boxes={boxes}: a room of that size (4 to 26, walls "
+                         "included) must hold the player, the boxes and as many free goals")
     if not 1 <= min_moves <= max_moves:
         raise ValueError(f"min_moves={min_moves}, max_moves={max_moves}: "
                          "1 <= min_moves <= max_moves")

@@ -2,10 +2,13 @@
 """What must stay true. `python -m pytest -q` runs it on a CPU, under two minutes on two cores."""
 import copy
 import dataclasses
+import inspect
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -1681,3 +1684,181 @@ def test_appworld_two_training_iterations(tmp_path):
     assert [line["count_no_block"] for line in lines] == [8, 8]      # 4 episodes of 2 turns
     assert all(line["failed_episodes"] == 0 and line["skills_failed"] > 0 for line in lines)
     assert result["base"]["idle"] == noop
+
+
+# ------------------------------------------------------------------------------------ hostile text
+
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+HOSTILE = CONTROL + [
+    "<answer>", "</answer>", "<ANSWER", "up", "LEFT", "r\u0131ght", "R\u0130GHT", "\u0131",
+    "\u0130", "#", "_", " ", "$", ".", "@", "*", "+", "$.", "# ", "\n", "\n#", "\r\n", "\t",
+    "{", "}", "[", "]", '"', "\\", ",", ":", '{"a":', '{"a":[', "[],", '"\\ud800"', "\\u0000",
+    "NaN", "-Infinity", "1e999", "9" * 5000, '"golden_workflow": 1e999',
+    "\x00", "\x1b[2J", "\x7f", "\x85", "\u2028", "\u202e", "\ufeff", "e\u0301", "\U0001f600",
+    "\ud800", "\udfff", b"\xff\xc0\xafup".decode("utf-8", "surrogateescape")]
+LONG = [piece * (size // len(piece)) for size in (99_000, 1 << 20) for piece in HOSTILE]
+LONG += ["#" * 500_000 + "\n#" * 250_000, "# " * 500_000 + "x"]        # one wide row, many rows
+LONG += ["\n".join(["#" * n, *["#" + "$." * (n // 2 - 1) + "#"] * n, "#@".ljust(n - 1) + "#",
+                   "#" * n]) for n in (26, 1000)]                      # as many boxes as can be
+ANSWERS = ["<answer>up</answer>", "I go LEFT", "no, up.\n<ANSWER> Down! </answer> not up", "right"]
+ROOMS = [text for _, text in MICROBAN] + [sokoban_env.render(parse_level(MICROBAN[0][1])),
+                                          "#######\n#@$.#.#\n#  $###\n#######"]
+WRITTEN = [json.dumps(dataclasses.asdict(SKILLS[0]) | {"more": [{"a": [1e9, None]}]}),
+           f"Sure:\n```json\n{json.dumps(dataclasses.asdict(SKILLS[1]), indent=1)}\n```\nDone."]
+
+
+def mutated(rng, text):
+    """`text` after some deletions, doublings, swaps and insertions, of characters or of words."""
+    for _ in range(rng.randint(1, 4)):
+        parts = rng.choice([list(text), re.findall(r'"[^"]*"|\w+|\W', text)])
+        i, j = rng.choices(range(len(parts) + 1), k=2)         # after the last: nothing to replace
+        a, b = parts[i:i + 1], parts[j:j + 1]
+        parts[j:j + 1], parts[i:i + 1] = rng.choice(
+            [(b, []), (b, a + a), (a, b), (b, [rng.choice(HOSTILE)])])
+        text = "".join(parts)
+    return text
+
+
+def hostile_text(rng, valid):
+    """Half of them near misses of a valid text, the others with no sense at all."""
+    kind = rng.randrange(8)
+    if kind < 4:
+        return mutated(rng, rng.choice(valid))
+    if kind == 4:
+        return rng.choice(HOSTILE) * rng.randint(1, 400) + rng.choice(valid)
+    if kind == 5:
+        return rng.randbytes(rng.randint(0, 60)).decode("utf-8", "surrogateescape")
+    pieces = HOSTILE if kind == 6 else [chr(rng.randrange(0x110000)) for _ in range(20)]
+    return "".join(rng.choices(pieces, k=rng.randint(0, 30)))
+
+
+def fuzz(n, seed):
+    """n hostile texts and the long ones through every parser: {parser: how many it has read}."""
+    rng, tried = random.Random(seed), {}
+    env = SokobanEnv(parse_level(MICROBAN[1][1]))
+    env.reset()
+    chat = Chat(skill_sd.tiny_tokenizer(6))
+    # To this tokenizer an unknown word is a special token: the one that text may hold.
+    special = set(chat.tokenizer.all_special_ids) - {chat.tokenizer.unk_token_id}
+
+    def parsed(parse, text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            str(error).encode()                                # it will be printed
+
+    def reads_action(text):
+        move = sokoban_env.parse_action(text)                  # no ValueError either
+        assert move is None or move in range(4) and MOVES[move] in text.lower()
+        return move is not None
+
+    def reads_skill(text):
+        skill = parsed(parse_skill, text)
+        if skill:
+            "".join(dataclasses.astuple(skill)).encode()
+        return skill
+
+    def reads_level(text):
+        level = parsed(parse_level, text)
+        if level:                                              # what is taken can be played
+            first, xsb = SokobanEnv(level).reset(), sokoban_env.to_xsb(level)
+            first.encode()
+            assert parse_level(xsb) == level == sokoban_env.room_in(first)
+            top, *rows, bottom = xsb.split("\n")
+            assert top == bottom == "#" * level.width
+            assert all(row[0] == row[-1] == "#" for row in rows)
+        return level
+
+    def takes_step(text):
+        turn, state = env.turn, env.state
+        observation, done = env.step(text)
+        observation.encode()
+        assert sokoban_env.room_in(observation) == env.state and env.turn == turn + 1
+        assert done == (env.turn == env.max_turns or env.completion() == 1)
+        if done:
+            env.reset()
+        return env.state != state
+
+    def stays_content(text):
+        # What reaches a prompt was decoded, or went through parse_skill: it can be encoded.
+        text = text[:10_000].encode("utf-8", "replace").decode()
+        prompt = chat.prompt(text, text, Skill(text, text, text))
+        turn = chat.next_turn(text, ended=False)
+        for ids, before in ((prompt, chat.before + chat.between), (turn, chat.turn_end)):
+            end = len(ids) - len(chat.header)
+            assert ids[:len(before)] == before and ids[end:] == chat.header
+            assert special.isdisjoint(ids[len(before):end])
+        return any(token in text for token in CONTROL)
+
+    for name, reads, valid in (
+            ("parse_action", reads_action, ANSWERS), ("parse_skill", reads_skill, WRITTEN),
+            ("parse_level", reads_level, ROOMS), ("SokobanEnv.step", takes_step, ANSWERS),
+            ("Chat.prompt", stays_content, ANSWERS + WRITTEN + [env.observation()])):
+        texts, taken = itertools.chain(LONG, (hostile_text(rng, valid) for _ in range(n))), 0
+        for tried[name], text in enumerate(texts, 1):
+            try:
+                taken += bool(reads(text))
+            except Exception as error:
+                raise AssertionError(f"{name}: {ascii(text[:300])}, {len(text)} long") from error
+        assert n / 50 < taken < tried[name]                    # some of either kind, or it is idle
+    return tried
+
+
+def test_fuzz_parsers():
+    assert set(fuzz(2000, seed=0).values()) == {2000 + len(LONG)}
+
+
+# ----------------------------------------------------------------------------- pieces by themselves
+
+def lifted(imports, *pieces):
+    """A namespace with these imports, in which the sources of the pieces were executed."""
+    names = {}
+    exec("\n\n".join([imports, *map(inspect.getsource, pieces)]), names)
+    return names
+
+
+def test_pieces_can_be_lifted_out():
+    losses = lifted("import math, torch", masked_mean, sdl_loss, grpo_loss, group_advantages)
+    logp, teacher, old = torch.randn(3, 4, 5, dtype=torch.float64) - 3
+    logp.requires_grad_()
+    mask, rewards = torch.arange(5) < torch.tensor([[5], [3], [0], [1]]), [0.0, 1.0, 0.3, 0.5]
+    adv = group_advantages(rewards, 2)
+    for piece, arguments in ((masked_mean, (logp, mask)), (sdl_loss, (logp, teacher, old, mask)),
+                             (grpo_loss, (logp, old, adv, mask, 0.2, 0.28))):
+        ours, theirs = piece(*arguments), losses[piece.__name__](*arguments)
+        assert ours == theirs != 0
+        assert torch.equal(*(torch.autograd.grad(loss, logp)[0] for loss in (ours, theirs)))
+    assert torch.equal(losses["group_advantages"](rewards, 2), adv)
+    with pytest.raises(ValueError, match="group_size=3"):
+        losses["group_advantages"](rewards, 3)
+
+    skills = lifted("import dataclasses, json, re\nfrom dataclasses import dataclass", Skill,
+                    parse_skill)
+    for text in WRITTEN:
+        found = skills["parse_skill"](text)
+        assert type(found) is skills["Skill"]
+        assert dataclasses.astuple(found) == dataclasses.astuple(parse_skill(text))
+    with pytest.raises(ValueError, match="golden_workflow"):
+        skills["parse_skill"]("{")
+
+    names = lifted("import dataclasses, math", SkillBank)
+    banks = names["SkillBank"](c=0.5, size=2), SkillBank(c=0.5, size=2)
+    for bank in banks:
+        for i, reward in enumerate((0.1, 0.7, 0.4, 0.9, 0.2, 0.3)):
+            if bank.open_to("t", reward):
+                bank.add("t", Skill(f"a{i}", "b", "c"), reward)
+            bank.credit(bank.select("t"), reward)
+    assert banks[0].state_dict() == banks[1].state_dict() and len(banks[0]) == 2
+    assert banks[0].select("t") == banks[1].select("t")
+    assert banks[0].decided("t") == banks[1].decided("t")
+    names["Skill"] = Skill                                     # only loading needs it
+    again = names["SkillBank"](c=0.5, size=2)
+    again.load_state_dict(json.loads(json.dumps(banks[1].state_dict())))
+    assert again.entries == banks[1].entries
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["fuzz"]:
+        sys.exit("usage: python test_skill_sd.py fuzz     (the tests: python -m pytest -q)")
+    for name, count in fuzz(100_000, seed=0).items():
+        print(f"{name}: {count} strings")
