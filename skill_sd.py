@@ -1096,9 +1096,9 @@ def print_table(results):
                 (how, what): np.equal(values[how], 1.0) * 1.0 if what == "acc"
                 else np.array(values[how]) for how, what in columns}
     names = [name for name in rows if name != "idle"]
-    for a, b in ([(name, "base") for name in names] + [(name, "grpo") for name in names]
-                 + [("skill_sd", "opd")]):
-        if a != b and a in rows and b in rows and a[:4] != "base":
+    reference = "grpo" if "grpo" in rows else "base"
+    for a, b in [(name, reference) for name in names] + [("skill_sd", name) for name in names]:
+        if a != b and a in rows and b in rows:
             rows[f"{a} - {b}"] = {seed: {c: rows[a][seed][c] - rows[b][seed][c] for c in columns}
                                   for seed in rows[a]}
     seeds = list(rows["idle"])
