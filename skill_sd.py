@@ -56,6 +56,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,9 @@ def check(cfg):
     if not cfg.reward_weight and not (cfg.lam and cfg.skill_reader == "teacher"):
         raise ValueError(f"reward_weight=0 with lam={cfg.lam}, skill_reader={cfg.skill_reader!r}: "
                          "nothing would be learned; SDL needs lam above 0 and a reading teacher")
+    if cfg.tune_temperature and (cfg.env != "sokoban" or cfg.split != "test"):
+        raise ValueError(f"tune_temperature=1 with env={cfg.env!r}, split={cfg.split!r}: it is "
+                         "tuned on Sokoban's validation levels, and reported on its test levels")
     for name in ("warm_timid", "warm_notes", "curriculum"):
         if getattr(cfg, name) > 1:
             raise ValueError(f"{name}={getattr(cfg, name)}: a share, at most 1")
@@ -223,7 +227,8 @@ def start_ranks(cfg):
         gpu = cfg.device != "cpu" and torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if gpu else "gloo")
+        # The longest wait is for rank 0 while it writes all skills of an iteration.
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         if cfg.tasks_per_iteration % ranks():
             raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be a multiple "
                              f"of the {ranks()} processes")
@@ -670,10 +675,8 @@ def make_generator(model, *parts):
 
 
 def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greedy=False):
-    """One episode of each task, at most cfg.rollout_batch at a time: list[Trajectory].
-
-    EnvironmentError if every one failed; else those that did have `error` set.
-    """
+    """One episode of each task, at most cfg.rollout_batch at a time: list[Trajectory]. Those whose
+    environment failed have `error` set."""
     trajectories = []
     for start in range(0, len(tasks), cfg.rollout_batch):
         rows = slice(start, start + cfg.rollout_batch)
@@ -683,8 +686,6 @@ def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greed
     for t in trajectories:
         if t.error:
             tqdm.write(f"left out: an episode of {t.task_id}: {t.error}")
-    if all(t.error for t in trajectories):
-        raise EnvironmentError(f"every environment failed; the first: {trajectories[0].error}")
     return trajectories
 
 
@@ -915,14 +916,17 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
 
 def pick_tasks(levels, cfg, k):
     """The tasks of iteration k, all different; the curriculum opens the list from its easy end."""
-    opened = 1.0 if not cfg.curriculum else 0.25 + 0.75 * k / (cfg.curriculum * cfg.iterations)
+    opened = 1.0
+    if cfg.curriculum and cfg.env == "sokoban":                # AppWorld's tasks have no order
+        opened = 0.25 + 0.75 * k / (cfg.curriculum * cfg.iterations)
     n = min(len(levels), max(cfg.tasks_per_iteration, round(opened * len(levels))))
     rng = random.Random(derived_seed(cfg.seed, "tasks", k))
     return [levels[i] for i in rng.sample(range(n), cfg.tasks_per_iteration)]
 
 
 def shown_skill(bank, entry, cfg, k):
-    """The skill of the picked entry; in the controls a random task's, or one that says nothing."""
+    """The skill of the picked entry; in the controls another task's, at random (the task's own, if
+    no other has one yet), or one that says nothing."""
     if cfg.skill_shown == "empty":
         return Skill("", "", "")
     if cfg.skill_shown == "other":
@@ -948,7 +952,8 @@ def write_skills(bank, groups, student, tokenizer, cfg, generator):
 
 
 def train(cfg):
-    """The paper's algorithm. Returns the final metrics, and writes all of the run to its folder."""
+    """The paper's algorithm. Returns what `evaluate` does for the trained student, and writes all
+    of the run to its folder."""
     # Defined below: RunFolder is log and checkpoint, World holds the tasks and makes environments.
     run, world = RunFolder(cfg), make_world(cfg)
     student, tokenizer = load_model(cfg, world)
@@ -992,8 +997,8 @@ def train(cfg):
         valid = [ok and sum(group) >= min(2, cfg.group_size) for group in alive for ok in group]
         batch = [t for t, ok in zip(episodes, valid) if ok]
         if not batch:
-            raise EnvironmentError("fewer than two episodes of every group ended well; the first "
-                                   f"error: {next(t.error for t in episodes if t.error)}")
+            raise EnvironmentError("every environment failed, or all but one of each group; the "
+                                   f"first: {next(t.error for t in episodes if t.error)}")
         groups = [[t for t, ok in zip(group, valid[g * cfg.group_size:]) if ok]
                   for g, group in enumerate(groups)]
         adv = group_advantages([t.reward for t in episodes], cfg.group_size, cfg.adv_eps, valid)
@@ -1013,10 +1018,11 @@ def train(cfg):
                              skills if in_student else None, cfg,
                              n_tokens=sum(sum(t.mask) for t in batch))
         except FloatingPointError as error:
-            run.write("non_finite.pt", dict(
-                iteration=k, trajectories=[dataclasses.asdict(t) for t in own], adv=adv[mine],
-                skills=[skill and dataclasses.asdict(skill) for skill in skills],
-                logp_teacher=logp_teacher))
+            run.write("non_finite.pt", dict(       # all ranks' episodes; logp_teacher of rank 0
+                iteration=k, trajectories=[dataclasses.asdict(t) for t in batch],
+                adv=adv[torch.tensor(valid)], logp_teacher=logp_teacher,
+                skills=[skill and dataclasses.asdict(skill) for skill in shown]))
+            gather([])                             # nobody leaves before it is written
             raise FloatingPointError(f"iteration {k}: {error}; what was being trained on is in "
                                      f"{run.path / 'non_finite.pt'}") from error
         times.append(time.perf_counter())
@@ -1035,7 +1041,7 @@ def train(cfg):
             iteration=k, reward=np.mean([t.reward for t in batch]),
             success=np.mean([t.reward == 1.0 for t in batch]),
             turns=np.mean([t.turns for t in batch]),
-            zero_spread_groups=sum(len({t.reward for t in group}) <= 1 for group in groups),
+            zero_spread_groups=sum(len({t.reward for t in group}) == 1 for group in groups),
             failed_episodes=sum(bool(t.error) for t in episodes),
             left_out_groups=sum(not group for group in groups),
             tokens_per_second=metrics["action_tokens"] / (times[-1] - times[0]))
@@ -1050,6 +1056,7 @@ def train(cfg):
         if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations or stopping:
             run.save(student, teacher, optimizer, bank, k + 1)
         if stopping:
+            gather([])
             raise KeyboardInterrupt(f"stopped after iteration {k}; the same command, or --resume "
                                     f"{run.path}, goes on")
 
@@ -1061,19 +1068,23 @@ def train(cfg):
 # =============================================================================================
 
 def evaluate(model, tokenizer, world, cfg):
-    """Held-out completions under the plain prompt, one number per task: `sampled` at the training
-    temperature, `greedy`, and `idle`, what doing nothing earns. A world that died counts as 0."""
+    """Held-out completions under the plain prompt, one number per task: `sampled` at `temperature`
+    (the training's, unless it is tuned), `greedy`, and `idle`, what doing nothing earns. A world
+    that died counts as 0; EnvironmentError if all did."""
     if cfg.tune_temperature:
         val = make_world(dataclasses.replace(cfg, split="val"))
         trials = [dataclasses.replace(cfg, temperature=t) for t in (1.0, 0.8, 0.6, 0.4, 0.2)]
-        cfg = max(trials, key=lambda trial: np.mean([t.reward == 1.0 for t in play(
-            model, tokenizer, val, val.heldout, trial, generator=make_generator(model, cfg.seed))]))
+        cfg = max(trials, key=lambda trial: np.mean([t.reward == 1.0 for t in gather(play(
+            model, tokenizer, val, val.heldout[rank()::ranks()], trial,
+            generator=make_generator(model, cfg.seed)))]))
     tasks = world.heldout[rank()::ranks()]
     sampled = gather(play(model, tokenizer, world, tasks, cfg,
                           generator=make_generator(model, cfg.seed, "evaluate")))
     greedy = gather(play(model, tokenizer, world, tasks, cfg, greedy=True))
+    if all(t.error for t in sampled + greedy):
+        raise EnvironmentError(f"every environment failed; the first: {sampled[0].error}")
     return dict(sampled=[t.reward for t in sampled], greedy=[t.reward for t in greedy],
-                idle=[t.idle for t in sampled])
+                idle=[t.idle for t in sampled], temperature=cfg.temperature)
 
 
 def percent(values):
@@ -1132,10 +1143,13 @@ def print_curves(runs):
 STOP = threading.Event()             # set by the first Ctrl-C: end after the current iteration
 
 
-def digests(folder):
-    """{name: SHA-256} of a checkpoint's files."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.iterdir()) if file.suffix != ".json"}
+def digest(file):
+    """SHA-256 of a file, read in blocks: a checkpoint may be larger than the memory."""
+    sha = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 24):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 class RunFolder:
@@ -1190,7 +1204,8 @@ class RunFolder:
             save_weights(teacher, part / "teacher.safetensors")
             torch.save(dict(optimizer=optimizer.state_dict(), bank=bank.state_dict(),
                             iteration=iteration), part / "state.pt")
-            (part / "sha256.json").write_text(json.dumps(digests(part)))
+            written = {file.name: digest(file) for file in sorted(part.iterdir())}
+            (part / "sha256.json").write_text(json.dumps(written))
             shutil.rmtree(whole, ignore_errors=True)           # one that was damaged
             os.replace(part, whole)
         except Exception as error:             # each of the three libraries has its own
@@ -1209,7 +1224,7 @@ class RunFolder:
         for folder in folders:
             try:
                 written = json.loads((folder / "sha256.json").read_text())
-                if digests(folder) != written:
+                if any(digest(folder / name) != sha for name, sha in written.items()):
                     raise ValueError("its files are not those that were written")
             except (OSError, ValueError) as error:
                 tqdm.write(f"{folder} is damaged ({error}); trying the one before")
@@ -1463,7 +1478,8 @@ def show_run(cfg):
 def plan(method, seed, cfg, given):
     """The checked Config of one run: defaults, what was typed, and above it the method's row."""
     row, names = METHODS[method], [f.name for f in dataclasses.fields(Config)]
-    training = set(names[names.index("group_size"):names.index("env")]) - {"temperature"}
+    training = set(names[names.index("group_size"):names.index("env")])
+    training = training - {"temperature", "max_skill_tokens"} | {"curriculum"}
     if method == cfg.method:
         for name in row:
             if given.get(name, row[name]) != row[name]:
@@ -1471,23 +1487,28 @@ def plan(method, seed, cfg, given):
                                  "leave it out, or take another method")
     elif row.get("iterations") == 0:           # the base comes along, whatever the training
         given = {name: value for name, value in given.items() if name not in training}
-    name = cfg.name if method == cfg.method else ""
+    name = cfg.name if method == cfg.method or not cfg.name else f"{cfg.name}-{method}"
     return check(Config(**(given | row | dict(method=method, seed=seed, name=name))))
 
 
 def run_all(cfg, given):
     """Every (method, seed) asked for, each from the warm start of its seed, as one table."""
-    methods = list(METHODS) if cfg.method == "all" else list(dict.fromkeys(["base", cfg.method]))
+    methods = [name for name in METHODS if cfg.method == "all" or name in ("base", cfg.method)]
+    if cfg.env != "sokoban" or cfg.split != "test":            # no levels to tune it on
+        methods = [name for name in methods if name != "base_best_t" or name == cfg.method]
+    if cfg.name and (cfg.method == "all" or cfg.seeds > 1):
+        raise ValueError(f"name={cfg.name!r}: one folder cannot hold several runs; use --out")
     plans = [plan(method, seed, cfg, given)                    # all checked before anything runs
              for seed in range(cfg.seed, cfg.seed + cfg.seeds) for method in methods]
-    if cfg.name and (cfg.method == "all" or cfg.seeds > 1):
-        raise ValueError(f"name={cfg.name!r}: one folder cannot hold {len(plans)} runs; use --out")
-    results = [(run.method, run.seed, RunFolder(run).read("result.json") or train(run))
-               for run in plans]
+    results = []
+    for run, folder in [(run, RunFolder(run)) for run in plans]:
+        if STOP.is_set():
+            raise KeyboardInterrupt("stopped between two runs; the same command goes on")
+        results.append((run.method, run.seed, folder.read("result.json") or train(run)))
     if not rank():
         print_table(results)
         print_curves(plans)
-        show_run(plans[-1])
+        show_run(next((run for run in plans if run.method == "skill_sd"), plans[-1]))
 
 
 def parse_args(argv=None):
@@ -1509,25 +1530,31 @@ def parse_args(argv=None):
 def stop(signum, frame):
     STOP.set()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    tqdm.write("stopping after this iteration; Ctrl-C again stops at once")
+    tqdm.write("stopping after this iteration or evaluation; Ctrl-C again stops at once")
 
 
 def main():
     given, command = parse_args()
     try:
         cfg = check(Config(**(given | METHODS.get(given.get("method"), {}))))
+        if command.resume:
+            cfg = resumed(command.resume, given)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         if command.show_prompts:
             show_prompts(cfg)
         elif command.eval:
+            for name in given.keys() - {"device", "threads"}:
+                raise ValueError(f"{name}={given[name]!r}: --eval plays with the run's own "
+                                 "settings; leave it out")
             evaluate_run(command.eval, cfg.device)
         else:
             signal.signal(signal.SIGINT, stop)
             start_ranks(cfg)
             if command.resume:
-                cfg = resumed(command.resume, given)
-                print_table([(cfg.method, cfg.seed, train(cfg))])
+                played = train(cfg)
+                if not rank():
+                    print_table([(cfg.method, cfg.seed, played)])
             else:
                 run_all(cfg, given)
             if ranks() > 1:

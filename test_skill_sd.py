@@ -780,10 +780,10 @@ def test_evaluation_plays_sampled_and_greedy_without_skills(tiny, monkeypatch):
     assert [len(result[name]) for name in ("sampled", "greedy")] == [3, 3]
 
 
-def test_play_splits_and_stops_when_every_world_fails(tiny):
+def test_play_splits_and_evaluation_stops_when_every_world_fails(tiny):
     def skill_shown(model, tokenizer, envs, cfg, skills, generator, greedy):
         return [Trajectory(env.task_id, "", "", error="" if skill else "gone", messages=[skill])
-                for env, skill in zip(envs, skills, strict=True)]
+                for env, skill in zip(envs, skills or [None] * len(envs), strict=True)]
     levels, cfg = generate_levels(5, seed=0), Config(rollout_batch=2)
     world = skill_sd.World([], [], SokobanEnv)
     with pytest.MonkeyPatch.context() as patch:
@@ -792,7 +792,10 @@ def test_play_splits_and_stops_when_every_world_fails(tiny):
         assert [t.messages for t in out] == [[1], [2], [3], [None], [5]]
         assert [t.task_id for t in out] == [level.task_id for level in levels]
         with pytest.raises(OSError, match="every environment failed.*gone"):
-            skill_sd.play(*tiny, world, levels, cfg, [None] * 5)
+            skill_sd.evaluate(*tiny, skill_sd.World([], levels, SokobanEnv), cfg)
+        for settings in dict(env="appworld"), dict(split="val"):
+            with pytest.raises(ValueError, match="tune_temperature=1"):
+                skill_sd.check(Config(tune_temperature=1, **settings))
 
 
 def traces(folder):
@@ -818,7 +821,7 @@ def killing(function):
     return call
 for owner, name in ((skill_sd, "rollout"), (skill_sd, "update"), (skill_sd, "save_weights"),
                     (skill_sd.torch, "save"), (skill_sd.os, "replace"), (skill_sd.shutil, "rmtree"),
-                    (skill_sd.RunFolder, "log"), (skill_sd, "digests")):
+                    (skill_sd.RunFolder, "log"), (skill_sd, "digest")):
     setattr(owner, name, killing(getattr(owner, name)))
 sys.argv = ["skill_sd.py", "--threads", "1", *sys.argv[2:]]
 skill_sd.main()
