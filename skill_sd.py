@@ -32,7 +32,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     the algorithm                       train                    test_every_method_trains
 
     python skill_sd.py                          the demo: warm start, train, table
-    python skill_sd.py --method all --seeds 3   every method and ablation, one table
+    python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --eval runs/NAME         play the held-out levels with a finished student
     python skill_sd.py --show-prompts           student's and teacher's tokens, side by side
 
