@@ -161,6 +161,11 @@ METHODS = {
 
 def check(cfg):
     """ValueError naming the field, the value and what would be right."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if f.type is float
+                                                     else f.type):
+            raise ValueError(f"{f.name}={value!r}: must be of type {f.type.__name__}")
     choices = dict(method=[*METHODS, "all"], skill_reader=["teacher", "student", "nobody"],
                    actor=["student", "teacher"], split=["test", "val"],
                    skill_shown=["own", "other", "empty"], tune_temperature=[0, 1],

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What must stay true. `python -m pytest -q` runs it on a CPU, under two minutes on two cores."""
+"""What must stay true: `python -m pytest -q`, on a CPU, about three minutes on two cores.
+
+    python test_skill_sd.py fuzz          100,000 hostile strings through every parser
+    python test_skill_sd.py inside RUN    what the teacher of a run knows more than its student
+"""
 import copy
 import dataclasses
 import inspect
@@ -1059,6 +1063,7 @@ def test_warm_start_learns_and_follows_skills(tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(method="ppo"), "method='ppo'"), (dict(lr=-1.0), "lr=-1.0"),
+    (dict(lr="fast"), "lr='fast'.*float"), (dict(seeds=1.5), "seeds=1.5.*int"),
     (dict(lam=math.nan), "lam=nan"),
     (dict(group_size=1), "group_size=1"), (dict(max_turns=0), "max_turns=0"),
     (dict(tasks_per_iteration=300), "tasks_per_iteration=300"),
