@@ -34,6 +34,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     python skill_sd.py                          the demo: warm start, train, table
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --eval runs/NAME         play the held-out levels with a finished student
+    python skill_sd.py --resume runs/NAME       go on with a run that was stopped
     python skill_sd.py --show-prompts           student's and teacher's tokens, side by side
 
 Deviations from the paper are marked DEVIATION, values the paper does not give CHOICE; the README
@@ -959,7 +960,8 @@ def write_skills(bank, groups, student, tokenizer, cfg, generator):
 def train(cfg):
     """The paper's algorithm. Returns what `evaluate` does for the trained student, and writes all
     of the run to its folder."""
-    # Defined below: RunFolder is log and checkpoint, World holds the tasks and makes environments.
+    # Defined below: RunFolder is log and checkpoint, World holds the tasks and makes environments,
+    # STOP is set by Ctrl-C.
     run, world = RunFolder(cfg), make_world(cfg)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -1444,8 +1446,7 @@ def evaluate_run(folder, device):
     folder = Path(folder)
     if not (folder / "result.json").exists():
         raise ValueError(f"eval={str(folder)!r}: not a finished run, which has a result.json")
-    cfg = Config(**json.loads((folder / "config.json").read_text()))
-    cfg = dataclasses.replace(cfg, device=device)
+    cfg = resumed(folder, dict(device=device))
     student, tokenizer = load_pretrained(folder / "student", cfg)
     print_table([(cfg.method, cfg.seed, evaluate(student, tokenizer, make_world(cfg), cfg))])
 
