@@ -58,7 +58,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +68,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from safetensors.torch import load_model as load_weights, save_model as save_weights
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -430,53 +431,77 @@ TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.c
                  "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
+@lru_cache(maxsize=8)
+def plain_tokenizer(tokenizer):
+    """The tokenizer's own model without its added tokens, so that no text can forge one of them,
+    special or not; added runs of blanks, which forge nothing, stay."""
+    try:
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    except AttributeError:
+        raise ValueError(f"model={tokenizer.name_or_path!r}: its tokenizer is a slow one; use a "
+                         "model whose folder has a tokenizer.json") from None
+    blanks = [t for t in spec["added_tokens"] if not t["content"].strip(" \n\t\r\u2581")]
+    return Tokenizer.from_str(json.dumps(spec | dict(added_tokens=blanks, truncation=None,
+                                                     padding=None)))
+
+
 class Chat:
     """Renders conversations to token ids with the tokenizer's own chat template.
 
     The template is cut once into the texts around the contents. Template text is encoded with
     control tokens, contents without, so that no observation or skill can forge a turn. A
-    conversation only ever grows: the next turn is appended as ids, nothing is tokenised twice.
+    conversation only ever grows: the next turn is appended as ids, nothing is tokenised twice. So
+    thinking stays in the history as it was sampled, also where the template would strip it.
     """
 
     def __init__(self, tokenizer, eos_ids=()):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.plain = tokenizer, plain_tokenizer(tokenizer)
         if not tokenizer.chat_template:
             raise ValueError(f"model={tokenizer.name_or_path!r} has no chat template; "
                              "use an instruct model")
-        s, u, a, v = (f"\u00a7{name}\u00a7" for name in ("system", "task", "answer", "next"))
-        turns = [dict(role="user", content=u), dict(role="assistant", content=a),
-                 dict(role="user", content=v)]
+        system, *turns = (dict(role=role, content=f"\u00a7{name}\u00a7") for role, name in (
+            ("system", "rules"), ("user", "task"), ("assistant", "answer"), ("user", "next")))
         try:
-            text = self.template([dict(role="system", content=s), *turns])
-        except TemplateError:                  # no system role
-            text = self.template(turns)
+            pieces = self.cut([system, *turns])
+        except ValueError:                     # no system role, or in another place
+            pieces = [None, *self.cut(turns)]
+        before, between, header, turn_end, opening = pieces
+        # What opens an answer to be sampled may go on where that of an old one ends: <think>
+        if not opening.strip().startswith(header.strip()):
+            raise self.refusal()
+        self.has_system = before is not None
         # Its text then goes above the task; the tiny template leaves it out on purpose.
-        self.has_system = s in text
         self.fold_system = not self.has_system and tokenizer.chat_template != TINY_TEMPLATE
-        try:
-            before, rest = text.split(s) if self.has_system else ("", text)
-            between, rest = rest.split(u)
-            header, rest = rest.split(a)
-            turn_end, rest = rest.split(v)
-        except ValueError:
-            rest = None
-        if rest != header:
-            raise ValueError(f"model={tokenizer.name_or_path!r}: its chat template does not repeat "
-                             "one form for every turn; use a model whose template does")
         self.before, self.between, self.header, self.turn_end = (
-            self.encode(t, control=True) for t in (before, between, header, turn_end))
-        # A turn may end on any eos id, and on the token that the template itself puts there.
-        self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
-        if self.turn_end and self.turn_end[0] in tokenizer.all_special_ids:
-            self.eos_ids.add(self.turn_end[0])
+            tokenizer.encode(text or "", add_special_tokens=False)
+            for text in (before, between, opening, turn_end))
+        # A turn may end on any eos id, and on the token that the template itself puts there, if
+        # that is one which no text can make.
+        self.eos_ids, end = {tokenizer.eos_token_id, *eos_ids} - {None}, self.turn_end[:1]
+        if self.encode(tokenizer.decode(end)) != end:
+            self.eos_ids |= set(end)
 
-    def template(self, messages):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False,
-                                                  add_generation_prompt=True)
+    def refusal(self):
+        return ValueError(f"model={self.tokenizer.name_or_path!r}: its chat template does not repeat "
+                          "one form for every turn; use a model whose template does")
 
-    def encode(self, text, control=False):
-        return self.tokenizer.encode(text, add_special_tokens=False,
-                                     split_special_tokens=not control)
+    def cut(self, messages):
+        """The template's texts before, between and after the contents."""
+        try:
+            pieces, rest = [], self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                                  add_generation_prompt=True)
+        except TemplateError:
+            raise self.refusal() from None
+        for message in messages:
+            if rest.count(message["content"]) != 1:
+                raise self.refusal()
+            piece, rest = rest.split(message["content"])
+            pieces.append(piece)
+        return [*pieces, rest]
+
+    def encode(self, text):
+        """Ids of a text in which nothing is a control token."""
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def prompt(self, system, task, skill=None, max_skill_tokens=None):
         """Ids up to the first answer: with `skill` the teacher's, without it the student's."""
@@ -1302,7 +1327,7 @@ def make_world(cfg):
 def tiny_tokenizer(size):
     """A word-level tokenizer for the demo's texts. Of a room it reads the lists of cells; the map
     above them shows nothing else and takes a small model longer to learn to read."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
     texts = [SKILL_TEXT, sokoban_env.NO_MOVE, sokoban_env.BLOCKED, *sokoban_env.MOVES, "Walls "
