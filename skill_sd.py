@@ -70,7 +70,8 @@ from jinja2 import TemplateError
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 
 import sokoban_env
 
@@ -557,34 +558,91 @@ class Trajectory:
         self.messages.append(dict(role=role, content=content))
 
 
-class CachedForward:
-    """Next-token logits for rows of ragged conversations that grow on one KV cache.
+def logits_where(model, where, **inputs):
+    """Logits (n, V) in float32 at the n positions where the (B, L) bool tensor is True.
 
-    Every call appends one chunk per row. Chunks are padded on the left; padding leaves holes in the
-    cache, which the attention mask covers and the position ids do not count.
+    The LM head sees only these: a large vocabulary times a long conversation would not fit.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, args: (args[0][where],))                                        # (n, H)
+    try:
+        return model(**inputs).logits.float()
+    finally:
+        hook.remove()
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer (B, heads, slots, width): a token's slot is its position."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        positions = self.forward.positions                                           # (B, L)
+        used, rows = self.forward.used, torch.arange(len(positions))[:, None]
+        if used > self.keys.shape[2]:          # in steps of 256: seldom, and little is wasted
+            more = (0, 0, 0, -(-used // 256) * 256 - self.keys.shape[2])
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.keys[rows, :, positions] = key_states.transpose(1, 2)
+        self.values[rows, :, positions] = value_states.transpose(1, 2)
+        return self.keys[:, :, :used], self.values[:, :, :used]
+
+
+class CachedForward:
+    """Next-token log-probs for rows of ragged conversations that grow on one KV cache.
+
+    Every call appends one chunk per row. Chunks are padded on the right, and a token sees the slots
+    up to its own position: what padding leaves behind lies ahead of it, and is overwritten by the
+    row's next chunk. So the cache has no holes.
     """
 
     def __init__(self, model, temperature):
         self.model, self.temperature = model, temperature
-        self.cache = DynamicCache(config=model.config)
-        self.seen = None                                       # (B, slots so far) bool
+        self.cache = Cache(layer_class_to_replicate=partial(SlotLayer, self))
+        self.lengths = None                                    # (B,) tokens in each row
+        config = model.config.get_text_config()
+        self.window = getattr(config, "sliding_window", None)
+        self.mixed = len(set(getattr(config, "layer_types", None) or [])) > 1
 
     def __call__(self, chunks):
         """chunks: B lists of ids, some may be empty. Returns log-probs (B, V), float32."""
+        if self.lengths is None:               # rollouts of one task share their prompt: read once
+            different = list(dict.fromkeys(map(tuple, chunks)))
+            self.lengths = torch.zeros(len(different), dtype=torch.long, device=self.model.device)
+            logp = self([list(chunk) for chunk in different])
+            rows = [different.index(tuple(chunk)) for chunk in chunks]
+            self.keep(rows)
+            return logp[rows]
         device, longest = self.model.device, max(map(len, chunks))
-        ids = torch.tensor([[0] * (longest - len(c)) + c for c in chunks], device=device)
-        used = torch.tensor([[False] * (longest - len(c)) + [True] * len(c) for c in chunks],
-                            device=device)
-        self.seen = used if self.seen is None else torch.cat([self.seen, used], dim=1)
-        positions = (self.seen.cumsum(1) - 1).clamp(min=0)[:, -longest:]             # (B, longest)
-        logits = self.model(input_ids=ids, attention_mask=self.seen.long(), position_ids=positions,
-                            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        return F.log_softmax(logits[:, -1].float() / self.temperature, dim=-1)       # (B, V)
+        ids = torch.tensor([c + [0] * (longest - len(c)) for c in chunks], device=device)   # (B, L)
+        new = torch.tensor([len(c) for c in chunks], device=device)                  # (B,)
+        along = torch.arange(longest, device=device)
+        self.positions = self.lengths[:, None] + along                               # (B, L)
+        self.used = int(self.positions.max()) + 1
+        last = along == (new - 1).clamp(min=0)[:, None]                              # (B, L)
+        logits = logits_where(
+            self.model, last, input_ids=ids, position_ids=self.positions, use_cache=True,
+            attention_mask=self.visible(), past_key_values=self.cache)
+        self.lengths = self.lengths + new
+        return F.log_softmax(logits / self.temperature, dim=-1)                      # (B, V)
+
+    def visible(self):
+        """Which slots a token sees (B, 1, L, slots), for each kind of layer if there are two."""
+        behind = self.positions[:, None, :, None] - torch.arange(self.used, device=self.model.device)
+        full = behind >= 0
+        if not self.window:
+            return full
+        near = full & (behind < self.window)
+        return dict(full_attention=full, sliding_attention=near) if self.mixed else near
 
     def keep(self, rows):
-        """Go on with these rows only."""
-        index = torch.tensor(rows, device=self.seen.device)
-        self.seen = self.seen[index]
+        """Go on with these rows only; a row may be taken more than once."""
+        index = torch.tensor(rows, device=self.lengths.device)
+        self.lengths = self.lengths[index]
         self.cache.batch_select_indices(index)
 
 
@@ -725,11 +783,8 @@ def play(model, tokenizer, world, tasks, cfg, skills=None, generator=None, greed
 # =============================================================================================
 
 def action_logits(model, tokenizer, trajectories, skills=None, max_skill_tokens=None):
-    """Logits at the action tokens only: (n, V) and the tokens (n,), rows after each other.
-
-    One forward pass over the whole conversations. The LM head sees only the hidden states that
-    precede an action token: a large vocabulary times a long conversation would not fit.
-    """
+    """Logits at the action tokens only: (n, V) and the tokens (n,), rows after each other. One
+    forward pass over the whole conversations."""
     chat = Chat(tokenizer)
     skills = skills or [None] * len(trajectories)
     prompts = [chat.prompt(t.system, t.task, skill, max_skill_tokens)
@@ -743,14 +798,8 @@ def action_logits(model, tokenizer, trajectories, skills=None, max_skill_tokens=
     ids = padded(rows, 0)                                                            # (B, L)
     sampled = padded([[False] * len(p) + t.mask for p, t in zip(prompts, trajectories)], False)
     before = sampled.roll(-1, dims=1)              # the position that predicts each action token
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][before],))        # (n, H)
-    try:
-        # Padding stands on the right, where causal attention cannot see it: no mask is needed.
-        logits = model(input_ids=ids, use_cache=False).logits                        # (n, V)
-    finally:
-        hook.remove()
-    return logits.float(), ids[sampled]
+    # Padding stands on the right, where causal attention cannot see it: no mask is needed.
+    return logits_where(model, before, input_ids=ids, use_cache=False), ids[sampled]
 
 
 def response_logps(model, tokenizer, trajectories, temperature=1.0, skills=None,
