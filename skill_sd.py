@@ -44,6 +44,7 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import http.client
 import inspect
 import json
 import math
@@ -55,6 +56,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -66,11 +68,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from jinja2 import TemplateError
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 
 import sokoban_env
@@ -84,6 +87,7 @@ import sokoban_env
 class Config:
     """Every setting. The command line is made from this: --lam 0.001, --max-turns 40."""
     method: str = "skill_sd"         # a row of METHODS, or `all`
+    preset: str = ""                 # a row of PRESETS; empty: small if a model is named, else tiny
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
     out: str = "runs"                # folder for runs and cached warm starts
@@ -113,7 +117,9 @@ class Config:
     temperature: float = 1.0         # of sampling and of scoring alike                 CHOICE
 
     # -- skills
-    summarizer: str = "auto"         # rules, self; auto: rules for the embedded model, else self
+    summarizer: str = "auto"         # rules, self, http://HOST/v1; auto: rules if tiny, else self
+    summarizer_model: str = ""       # the model to ask for there; key in OPENAI_API_KEY
+    summarizer_timeout: float = 60.0  # seconds for one try of three                    CHOICE
     ucb_c: float = 1.0               # c, weight of exploration in UCB                  CHOICE
     bank_size: int = 4               # skills kept per task                             CHOICE
     max_skill_tokens: int = 256      # a skill longer than this is cut in the prompt    CHOICE
@@ -133,6 +139,9 @@ class Config:
 
     # -- the model
     model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
+    precision: str = "float32"       # float32 or bfloat16, of rollout and scoring alike
+    gradient_checkpointing: int = 0  # 1: keep one activation per layer, compute the rest again
+    prefill: str = ""                # every answer begins with this, for student and teacher
     max_new_tokens: int = 1          # longest answer, in tokens; the tiny model answers one word
     max_context: int = 1024          # longest conversation, in tokens; longer ones are truncated
     rollout_batch: int = 512         # conversations played at once
@@ -146,6 +155,21 @@ class Config:
     warm_notes: float = 0.6          # share of demonstrations whose player has a skill
 
 
+# The size of the experiment. What is typed comes before it, a method's row before both.
+PRESETS = {
+    "tiny": {},
+    # CHOICE: an instruct model that trains on one GPU of 24 GB
+    "small": dict(
+        model="Qwen/Qwen2.5-0.5B-Instruct", precision="bfloat16", gradient_checkpointing=1,
+        lr=1e-6, lam=0.001, iterations=100, max_turns=20, train_levels=96, test_levels=64,
+        max_new_tokens=16, prefill="<answer>", max_context=4096, rollout_batch=128),
+    # the paper's Sokoban; lam: its best on AppWorld; what it does not give is CHOICE
+    "paper": dict(
+        model="Qwen/Qwen3-4B-Instruct-2507", boxes=2, train_levels=96, test_levels=64,
+        iterations=180, max_turns=40, lam=0.001, sync_every=1,
+        lr=1e-6, max_moves=20, max_new_tokens=256, max_context=16384, rollout_batch=64,
+        micro_batch_tokens=32768, precision="bfloat16", gradient_checkpointing=1),
+}
 # Methods differ by settings alone; one loop runs them all.
 METHODS = {
     "base": dict(iterations=0),                                    # the warm start
@@ -162,6 +186,12 @@ METHODS = {
 }
 
 
+def settings(given):
+    """What a command line means: its preset's row, over it what was typed, and the method's row."""
+    preset = given.get("preset") or ("tiny" if given.get("model", "tiny") == "tiny" else "small")
+    return PRESETS.get(preset, {}) | given | METHODS.get(given.get("method"), {})
+
+
 def check(cfg):
     """ValueError naming the field, the value and what would be right."""
     for f in dataclasses.fields(cfg):
@@ -169,17 +199,20 @@ def check(cfg):
         if isinstance(value, bool) or not isinstance(value, (int, float) if f.type is float
                                                      else f.type):
             raise ValueError(f"{f.name}={value!r}: must be of type {f.type.__name__}")
-    choices = dict(method=[*METHODS, "all"], skill_reader=["teacher", "student", "nobody"],
-                   actor=["student", "teacher"], split=["test", "val"],
+    choices = dict(method=[*METHODS, "all"], preset=["", *PRESETS],
+                   skill_reader=["teacher", "student", "nobody"], actor=["student", "teacher"],
+                   split=["test", "val"],
                    skill_shown=["own", "other", "empty"], tune_temperature=[0, 1],
-                   summarizer=["auto", "rules", "self"], env=["sokoban", "appworld"])
+                   precision=["float32", "bfloat16"], gradient_checkpointing=[0, 1],
+                   env=["sokoban", "appworld"])
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"{name}={getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
     positive = ("save_every seeds group_size tasks_per_iteration updates_per_iteration "
                 "temperature lr max_grad_norm adv_eps bank_size max_turns train_levels "
                 "test_levels max_new_tokens max_context "
-                "rollout_batch micro_batch_tokens warm_batch summary_tokens").split()
+                "rollout_batch micro_batch_tokens warm_batch summary_tokens "
+                "summarizer_timeout").split()
     for name in (f.name for f in dataclasses.fields(cfg)):
         value = getattr(cfg, name)
         if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
@@ -195,6 +228,13 @@ def check(cfg):
     if cfg.actor == "teacher" and cfg.skill_reader != "teacher":
         raise ValueError(f"actor={cfg.actor!r} with skill_reader={cfg.skill_reader!r}: a teacher "
                          "that acts must be the one that reads the skill")
+    served = re.match("https?://", cfg.summarizer)
+    if not served and cfg.summarizer not in ("auto", "rules", "self"):
+        raise ValueError(f"summarizer={cfg.summarizer!r}: must be auto, rules, self, or where an "
+                         "OpenAI-compatible server is, such as http://localhost:8000/v1")
+    if served and not cfg.summarizer_model:
+        raise ValueError(f"summarizer_model='' with summarizer={cfg.summarizer!r}: name the model "
+                         "that the server is to use (it lists them under /models)")
     if cfg.summarizer == "rules" and cfg.env != "sokoban":
         raise ValueError(f"summarizer='rules' with env={cfg.env!r}: the analyst knows Sokoban "
                          "only; use self")
@@ -252,6 +292,14 @@ def gather(mine):
     for r, part in enumerate(parts):
         whole[r::ranks()] = part
     return whole
+
+
+def from_rank_0(call):
+    """What the call returns there, on every rank: texts sampled twice could differ."""
+    answer = [None if rank() else call()]
+    if ranks() > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def sum_over_ranks(tensors):
@@ -317,15 +365,46 @@ def parse_skill(text):
     raise ValueError(f"no JSON object with the text fields {', '.join(names)} in {text[:80]!r}")
 
 
+def ask_server(text, cfg):
+    """What an OpenAI-compatible server answers to SUMMARIZER_PROMPT and a transcript. Tried three
+    times; OSError or ValueError after that."""
+    body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
+        dict(role="system", content=SUMMARIZER_PROMPT), dict(role="user", content=text)])
+    request = urllib.request.Request(cfg.summarizer.rstrip("/") + "/chat/completions",
+                                     json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    if key := os.environ.get("OPENAI_API_KEY"):
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    for wait in (1, 4, None):
+        deadline, received = time.monotonic() + cfg.summarizer_timeout, b""
+        try:
+            with urllib.request.urlopen(request, timeout=cfg.summarizer_timeout) as answer:
+                while block := answer.read1(1 << 16):          # one that drips must end as well
+                    received += block
+                    if time.monotonic() > deadline or len(received) > 1 << 20:
+                        raise TimeoutError("the answer is too long or too slow")
+            return str(json.loads(received)["choices"][0]["message"]["content"])
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", 500)                 # 401, 404 ... would only come again
+            if wait is None or code < 500 and code not in (408, 429):
+                raise
+            time.sleep(wait)
+
+
 def summarize(trajectories, student, tokenizer, cfg, generator):
     """Write up finished trajectories. Returns [(trajectory, Skill)] and the number of failures."""
     tiny = cfg.model == "tiny" and cfg.env == "sokoban"
     if cfg.summarizer == "rules" or cfg.summarizer == "auto" and tiny:     # too small to write
         texts = [json.dumps(sokoban_env.analyse(t.messages)) for t in trajectories]
+    elif cfg.summarizer.startswith("http"):
+        answers = try_each([partial(ask_server, transcript(t), cfg) for t in trajectories], True)
+        texts = [text or "" for text, _ in answers]
+        for error in {error for _, error in answers if error}:
+            tqdm.write(f"no skill from {cfg.summarizer}: {error}")
     else:
-        # DEVIATION: the paper asks an external model, meanwhile; here the student writes its own.
+        # DEVIATION: the paper asks an external model; here the student writes its own skills.
         # Writing is played as a world of one turn, so that `rollout` does it.
-        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens,
+        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens, prefill="",
                                   max_context=2 * cfg.max_context + cfg.summary_tokens)
         tasks = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, counts={}, completion=lambda: 0.0,
@@ -435,13 +514,15 @@ TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.c
 @lru_cache(maxsize=8)
 def plain_tokenizer(tokenizer):
     """The tokenizer's own model without its added tokens, so that no text can forge one of them,
-    special or not; added runs of blanks, which forge nothing, stay."""
+    special or not. Runs of blanks that are in its vocabulary stay: they forge nothing."""
     try:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
     except AttributeError:
         raise ValueError(f"model={tokenizer.name_or_path!r}: its tokenizer is a slow one; use a "
                          "model whose folder has a tokenizer.json") from None
-    blanks = [t for t in spec["added_tokens"] if not t["content"].strip(" \n\t\r\u2581")]
+    vocabulary = dict(spec["model"]["vocab"])
+    blanks = [t for t in spec["added_tokens"]
+              if t["content"] in vocabulary and not t["content"].strip(" \n\t\r\u2581")]
     return Tokenizer.from_str(json.dumps(spec | dict(added_tokens=blanks, truncation=None,
                                                      padding=None)))
 
@@ -483,8 +564,8 @@ class Chat:
             self.eos_ids |= set(end)
 
     def refusal(self):
-        return ValueError(f"model={self.tokenizer.name_or_path!r}: its chat template does not repeat "
-                          "one form for every turn; use a model whose template does")
+        return ValueError(f"model={self.tokenizer.name_or_path!r}: its chat template does not "
+                          "repeat one form for every turn; use a model whose template does")
 
     def cut(self, messages):
         """The template's texts before, between and after the contents."""
@@ -556,6 +637,12 @@ class Trajectory:
 
     def say(self, role, content):
         self.messages.append(dict(role=role, content=content))
+
+
+def arithmetic(model, cfg):
+    """The precision in which student and teacher alike sample and score; weights stay float32, or
+    a small update would be rounded away."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
 
 
 def logits_where(model, where, **inputs):
@@ -632,11 +719,12 @@ class CachedForward:
 
     def visible(self):
         """Which slots a token sees (B, 1, L, slots), for each kind of layer if there are two."""
-        behind = self.positions[:, None, :, None] - torch.arange(self.used, device=self.model.device)
-        full = behind >= 0
-        if not self.window:
-            return full
-        near = full & (behind < self.window)
+        slots = torch.arange(self.used, device=self.positions.device)
+        behind = self.positions[:, None, :, None] - slots
+        full, near = behind >= 0, (behind >= 0) & (behind < (self.window or math.inf))
+        if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
+            full, near = (torch.zeros_like(m, dtype=self.model.dtype).masked_fill(~m, -1e9)
+                          for m in (full, near))
         return dict(full_attention=full, sliding_attention=near) if self.mixed else near
 
     def keep(self, rows):
@@ -675,7 +763,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     """
     model.eval()
     chat = Chat(tokenizer, eos_ids(model))
-    skills = skills or [None] * len(envs)
+    prefill, skills = chat.encode(cfg.prefill), skills or [None] * len(envs)
     limit = cfg.max_context - cfg.max_skill_tokens             # so that either prompt leaves room
     concurrent = any(getattr(env, "concurrent", False) for env in envs)
     trajectories, chunks, rows = [], [], []                    # rows: environments still playing
@@ -688,25 +776,27 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         t.task, t.idle = start
         t.say("user", t.task)
         t.prompt_length = len(chat.prompt(t.system, t.task))
-        needed = t.prompt_length + cfg.max_new_tokens
+        t.add_tokens(prefill, sampled=False)
+        needed = t.prompt_length + len(prefill) + cfg.max_new_tokens
         if needed > limit:
             t.error = (f"max_context={cfg.max_context}: the prompt, an answer (max_new_tokens) and "
                        f"a skill (max_skill_tokens) need {needed + cfg.max_skill_tokens}")
             continue
         rows.append(i)
-        chunks.append(chat.prompt(t.system, t.task, skills[i], cfg.max_skill_tokens))
+        chunks.append(chat.prompt(t.system, t.task, skills[i], cfg.max_skill_tokens) + prefill)
     forward = CachedForward(model, cfg.temperature)
     progress = tqdm(total=len(envs), desc=desc, leave=False, disable=None)
     while rows:
-        answers = sample_answers(forward, chunks, chat.eos_ids, cfg.max_new_tokens, generator,
-                                 greedy)
+        with arithmetic(model, cfg):
+            answers = sample_answers(forward, chunks, chat.eos_ids, cfg.max_new_tokens, generator,
+                                     greedy)
         for i, (ids, logps) in zip(rows, answers):
             t = trajectories[i]
             t.add_tokens(ids, sampled=True)
             t.logps += logps
             t.turns += 1
             t.counts["cut_answers"] += ids[-1] not in chat.eos_ids
-            t.say("assistant", tokenizer.decode(ids, skip_special_tokens=True))
+            t.say("assistant", cfg.prefill + tokenizer.decode(ids, skip_special_tokens=True))
         steps = try_each([partial(envs[i].step, trajectories[i].messages[-1]["content"])
                           for i in rows], concurrent)
         still, chunks = [], []
@@ -717,7 +807,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                 continue
             observation, done = outcome
             t.say("user", observation)
-            following = chat.next_turn(observation, ended=ids[-1] in chat.eos_ids)
+            following = chat.next_turn(observation, ended=ids[-1] in chat.eos_ids) + prefill
             length = t.prompt_length + len(t.ids) + len(following) + cfg.max_new_tokens
             if not done and length > limit:
                 t.counts["truncated"] = 1
@@ -918,9 +1008,10 @@ def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
     wanted = [i for i, skill in enumerate(skills) if skill is not None or not synced]
     for group in micro_batches([trajectories[i] for i in wanted], cfg.micro_batch_tokens):
         rows = [wanted[j] for j in group]
-        logp, mask = response_logps(teacher, tokenizer, [trajectories[i] for i in rows],
-                                    cfg.temperature, [skills[i] for i in rows],
-                                    cfg.max_skill_tokens)
+        with arithmetic(teacher, cfg):
+            logp, mask = response_logps(teacher, tokenizer, [trajectories[i] for i in rows],
+                                        cfg.temperature, [skills[i] for i in rows],
+                                        cfg.max_skill_tokens)
         for i, row, used in zip(rows, logp, mask):
             logps[i] = row[used]
     return logps
@@ -934,8 +1025,9 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
     skills: what the student itself reads, None but for skill_grpo; n_tokens: N of the whole batch,
     if other ranks hold a part of it. Neither micro-batches nor ranks change the mean.
     """
-    # No dropout: theta_old must be the policy that sampled, so scoring is done in eval mode.
-    student.eval()
+    # theta_old must be the policy that sampled: no dropout. transformers keeps activations in eval
+    # mode, whatever it is told; load_pretrained has set dropout to 0.
+    student.train(bool(cfg.gradient_checkpointing))
     n_tokens = n_tokens or sum(sum(t.mask) for t in trajectories)
     logp_old = [None] * len(trajectories)
     for epoch in range(cfg.updates_per_iteration):
@@ -944,8 +1036,9 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
                               "entropy"], 0.0)
         for rows in micro_batches(trajectories, cfg.micro_batch_tokens):
             batch = [trajectories[i] for i in rows]
-            logp, mask = response_logps(student, tokenizer, batch, cfg.temperature,
-                                        skills and [skills[i] for i in rows], cfg.max_skill_tokens)
+            with arithmetic(student, cfg):
+                logp, mask = response_logps(student, tokenizer, batch, cfg.temperature, skills and
+                                            [skills[i] for i in rows], cfg.max_skill_tokens)
             if epoch == 0:                     # theta is theta_old still: this is logp_old, exactly
                 for i, row, used in zip(rows, logp.detach(), mask):
                     logp_old[i] = row[used]
@@ -1016,19 +1109,11 @@ def shown_skill(bank, entry, cfg, k):
     return entry["skill"]
 
 
-def write_skills(bank, groups, student, tokenizer, cfg, generator):
-    """CHOICE: the best trajectory of a group is written up, the shortest of equals. A worse one
-    shows a teacher little that it does not know. Returns failures."""
+def worth_writing_up(bank, groups):
+    """CHOICE: the best trajectory of each group, the shortest of equals, if the bank is open to it.
+    A worse one shows a teacher little that it does not know."""
     best = [min(group, key=lambda t: (-t.reward, t.turns)) for group in groups if group]
-    chosen = [t for t in best if bank.open_to(t.task_id, t.reward)]
-    # Rank 0 writes for all: sampled twice, a text could differ.
-    answer = [rank() == 0 and summarize(chosen, student, tokenizer, cfg, generator)]
-    if ranks() > 1:
-        dist.broadcast_object_list(answer)
-    written, failed = answer[0]
-    for trajectory, skill in written:
-        bank.add(trajectory.task_id, skill, trajectory.reward)
-    return failed
+    return [t for t in best if bank.open_to(t.task_id, t.reward)]
 
 
 def train(cfg):
@@ -1048,6 +1133,7 @@ def train(cfg):
     for k in tqdm(range(first, cfg.iterations), run.path.name, initial=first,
                   total=cfg.iterations, disable=rank() > 0):
         times, generator = [time.perf_counter()], make_generator(student, cfg.seed, "rollout", k)
+        optimizer.zero_grad(set_to_none=True)  # room for the rollout's cache
 
         # 1. theta_old <- theta (held as logp_old, see update); theta-bar <- theta
         synced = cfg.sync_every > 0 and k % cfg.sync_every == 0
@@ -1093,7 +1179,16 @@ def train(cfg):
             logp_teacher = teacher_logps(teacher, tokenizer, own, skills, cfg, synced)
         times.append(time.perf_counter())
 
-        # 5. minimise L over the tokens
+        # 5. credit the picks; an external summarizer starts to write while the weights move
+        for entry, group in zip(entries, groups):
+            if entry and group:
+                bank.credit(entry, np.mean([t.reward for t in group]))
+        chosen = worth_writing_up(bank, groups) if uses_skills else []
+        write = partial(summarize, chosen, student, tokenizer, cfg, generator)
+        if cfg.summarizer.startswith("http") and not rank():
+            write = ThreadPoolExecutor(1).submit(write).result
+
+        # 6. minimise L over the tokens
         try:
             metrics = update(student, optimizer, tokenizer, own, adv[mine], logp_teacher,
                              skills if in_student else None, cfg,
@@ -1108,12 +1203,11 @@ def train(cfg):
                                      f"{run.path / 'non_finite.pt'}") from error
         times.append(time.perf_counter())
 
-        # 6. credit the picks, then write new skills: they can be picked from iteration k + 1 on
-        for entry, group in zip(entries, groups):
-            if entry and group:
-                bank.credit(entry, np.mean([t.reward for t in group]))
+        # 7. new skills enter the bank: they can be picked from iteration k + 1 on
         if uses_skills:
-            failed = write_skills(bank, groups, student, tokenizer, cfg, generator)
+            written, failed = from_rank_0(write)
+            for t, skill in written:
+                bank.add(t.task_id, skill, t.reward)
             metrics |= dict(skill_share=np.mean([e is not None for e in entries]),
                             bank_skills=len(bank), skills_failed=failed)
         times.append(time.perf_counter())
@@ -1453,17 +1547,42 @@ def warm_start(model, tokenizer, world, cfg):
 
 
 def load_pretrained(path, cfg):
-    """(model, tokenizer) of a chat model; float32, or small updates would be rounded away."""
+    """(model, tokenizer) of a chat model, float32: a folder, or a name on the Hugging Face hub, of
+    which a copy on this machine is used as it is. No code of the model's own is run."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    window = getattr(model.config, "max_position_embeddings", cfg.max_context)
+
+    def load(**where):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+        for name in vars(config):              # see `update`
+            if "dropout" in name or name.endswith("_pdrop"):
+                setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, trust_remote_code=False, **where)
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+    try:
+        model, tokenizer = load(local_files_only=True)
+    except (OSError, ValueError) as error:
+        try:
+            if Path(path).is_dir():
+                raise
+            HfApi().model_info(str(path), timeout=10)          # from_pretrained retries for long
+        except Exception as reason:            # of many kinds; all mean that it cannot be had
+            raise ValueError(f"model={str(path)!r} is no folder with a model, not on this machine, "
+                             "and not to be had from the hub; give a folder or an instruct model's "
+                             "name, be online, and `hf auth login` if it is gated. "
+                             f"{type(reason).__name__}: {reason}") from error
+        model, tokenizer = load()
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", cfg.max_context)
     if cfg.max_context > window:
         raise ValueError(f"max_context={cfg.max_context}: {path} reads at most {window} tokens")
-    return model, AutoTokenizer.from_pretrained(path)
+    if cfg.gradient_checkpointing:
+        renamed = getattr(model, "activation_checkpointing_enable", None)    # transformers 5
+        (renamed or model.gradient_checkpointing_enable)(dict(use_reentrant=False))
+    return model.to(device), tokenizer
 
 
 def load_model(cfg, world):
@@ -1565,10 +1684,11 @@ def plan(method, seed, cfg, given):
             if given.get(name, row[name]) != row[name]:
                 raise ValueError(f"{name}={given[name]!r}: method {method} means {row[name]!r}; "
                                  "leave it out, or take another method")
-    elif row.get("iterations") == 0:           # the base comes along, whatever the training
-        given = {name: value for name, value in given.items() if name not in training}
     name = cfg.name if method == cfg.method or not cfg.name else f"{cfg.name}-{method}"
-    return check(Config(**(given | row | dict(method=method, seed=seed, name=name))))
+    given = settings(given | dict(method=method, seed=seed, name=name))
+    if method != cfg.method and row.get("iterations") == 0:    # the base comes along, whatever the
+        given = {k: v for k, v in given.items() if k not in training - row.keys()}   # training
+    return check(Config(**given))
 
 
 def run_all(cfg, given):
@@ -1616,7 +1736,7 @@ def stop(signum, frame):
 def main():
     given, command = parse_args()
     try:
-        cfg = check(Config(**(given | METHODS.get(given.get("method"), {}))))
+        cfg = check(Config(**settings(given)))
         if command.resume:
             cfg = resumed(command.resume, given)
         if cfg.threads:

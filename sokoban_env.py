@@ -362,8 +362,21 @@ Each answer is one move: up, down, left or right. Moving into a box pushes it on
 cell behind it is free. Boxes cannot be pulled, and only one box can be pushed at a time: a box \
 pushed into a corner that is not a goal is lost.
 
-Think briefly if you need to, and end your answer with the move in tags, for example:
-<answer>up</answer>"""
+Think briefly if you need to, and end your answer with the move in tags. Two examples:
+
+# # # # #
+# @ $ . #
+# # # # #
+Walls: none. Goals: d2. Boxes: c2. Player: b2.
+<answer>right</answer>
+
+# # # # #
+# _ @ _ #
+# _ $ _ #
+# _ . _ #
+# # # # #
+Walls: none. Goals: c4. Boxes: c3. Player: c2.
+<answer>down</answer>"""
 NO_MOVE = "No move was read. End your answer with <answer>up</answer>, or down, left, right."
 BLOCKED = "That way is blocked."
 
