@@ -354,7 +354,7 @@ def parse_skill(text):
         raise ValueError(f"skill text of {len(text)} characters: at most 100000 are read")
     for start in [m.start() for m in re.finditer(r"\{", text)][:100]:
         try:
-            found, _ = json.JSONDecoder().raw_decode(text, start)
+            found, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
         if all(isinstance(found.get(name), str) for name in names):
@@ -403,9 +403,11 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
             tqdm.write(f"no skill from {cfg.summarizer}: {error}")
     else:
         # DEVIATION: the paper asks an external model; here the student writes its own skills.
-        # Writing is played as a world of one turn, so that `rollout` does it.
-        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens, prefill="",
-                                  max_context=2 * cfg.max_context + cfg.summary_tokens)
+        # Writing is played as a world of one turn, so that `rollout` does it. The JSON is begun for
+        # it: small models seldom do so themselves.
+        own = dataclasses.replace(
+            cfg, max_new_tokens=cfg.summary_tokens, prefill='{"success_analysis": "',
+            max_context=2 * cfg.max_context + cfg.summary_tokens)
         tasks = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, counts={}, completion=lambda: 0.0,
             reset=partial(transcript, t), step=lambda response: ("", True), close=lambda: None)
