@@ -399,7 +399,8 @@ GEMMA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception
          "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last "
            "and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
-           "{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}")
+           "{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}"
+           "{% endfor %}")
 DROPS_THINKING = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}", 1)
 OPENS_THINKING = DROPS_THINKING.replace("assistant\n", "assistant\n<think>\n")
 FAMILIES = dict(chatml=(CHATML, "<|im_end|>"), default_system=(WITH_DEFAULT, "<|im_end|>"),
@@ -545,6 +546,86 @@ def test_gradient_checkpointing_changes_memory_not_gradients(tiny, tmp_path):
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         calls.append(len(count))
     assert calls == [1, 2] and torch.allclose(*grads, atol=1e-6)
+
+
+def memory(config, parameters, rows, slots, tokens, actions, precision):
+    """The README's formula: bytes while playing and while updating (gradient checkpointing on).
+
+    rows, slots: conversations played at once and their length; tokens, actions: of a micro-batch.
+    """
+    c, low = config, precision == "bfloat16"
+    cast = 2 * parameters * low
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    spread = 1 + c.num_attention_heads // c.num_key_value_heads    # a layer's copies at work
+    cache = 2 * rows * slots * c.num_key_value_heads * head * (
+        c.num_hidden_layers * (3 if low else 4) + 4 * spread)
+    layer = tokens * (8 * c.hidden_size + 6 * c.intermediate_size) * (2 if low else 4)
+    inputs = 4 * c.num_hidden_layers * tokens * c.hidden_size
+    return dict(play=16 * parameters + cast + cache,
+                update=20 * parameters + cast + inputs + max(layer, 12 * actions * c.vocab_size))
+
+
+MEMORY_CHILD = """
+import copy, sys, torch, transformers
+import skill_sd, test_skill_sd as tests
+phase, precision, share = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(field))
+
+torch.set_num_threads(1)
+tokenizer, rows, length = skill_sd.tiny_tokenizer(6), 8, 768
+cfg = skill_sd.Config(precision=precision, gradient_checkpointing=1, micro_batch_tokens=10**9)
+config = transformers.LlamaConfig(
+    vocab_size=16384, hidden_size=320, intermediate_size=960, num_hidden_layers=6, head_dim=40,
+    num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=4)
+small = skill_sd.tiny_model(tokenizer, 0)                      # what the libraries take is not ours
+small(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
+torch.optim.AdamW(small.parameters()).step()
+before = status("VmRSS")
+student = transformers.LlamaForCausalLM(config)
+student.gradient_checkpointing_enable(dict(use_reentrant=False))
+teacher = copy.deepcopy(student).requires_grad_(False)
+optimizer = torch.optim.AdamW(student.parameters())
+for p in student.parameters():
+    p.grad = torch.zeros_like(p)
+optimizer.step()
+optimizer.zero_grad(set_to_none=True)
+if phase == "play":
+    rows = 32
+    forward = skill_sd.CachedForward(student.eval(), 1.0)
+    with torch.no_grad(), skill_sd.arithmetic(student, cfg):
+        for _ in range(length // 64):
+            forward([[10 + row] * 64 for row in range(rows)])
+else:
+    mask = [i % 100 < 100 * share for i in range(length)]
+    batch = [skill_sd.Trajectory("t", "", "", prompt_length=2, ids=[10] * length, mask=mask,
+                                 logps=[0.0] * sum(mask)) for _ in range(rows)]
+    skill_sd.update(student, optimizer, tokenizer, batch, torch.linspace(-1, 1, rows), None, None,
+                    cfg)
+peak = status("VmHWM") - before
+formula = tests.memory(config, sum(p.numel() for p in student.parameters()), rows, length,
+                       rows * length, int(rows * length * share), precision)[phase]
+print(peak, formula)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("phase, share", [("play", 0), ("update", 0.05), ("update", 0.5)])
+def test_memory_follows_the_formula(tmp_path, phase, share, precision):
+    """The measured peak of the process, every tensor in pages of its own, within 25 %."""
+    (tmp_path / "child.py").write_text(MEMORY_CHILD)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "child.py", phase, precision, str(share)], text=True,
+        capture_output=True, env=os.environ | dict(
+            PYTHONPATH=os.path.dirname(skill_sd.__file__), MALLOC_MMAP_THRESHOLD_="65536",
+            MALLOC_MMAP_MAX_="1000000"))
+    assert done.returncode == 0, done.stderr
+    peak, formula = map(int, done.stdout.split())
+    print(f"{phase} {precision}: measured {peak / 1e6:.0f} MB, formula {formula / 1e6:.0f} MB")
+    assert abs(formula / peak - 1) < 0.25
 
 
 def test_a_model_that_cannot_be_had_ends_at_once(tmp_path, monkeypatch):
