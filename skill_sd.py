@@ -167,8 +167,8 @@ PRESETS = {
     "paper": dict(
         model="Qwen/Qwen3-4B-Instruct-2507", boxes=2, train_levels=96, test_levels=64,
         iterations=180, max_turns=40, lam=0.001, sync_every=1,
-        lr=1e-6, max_moves=20, max_new_tokens=256, max_context=16384, rollout_batch=64,
-        micro_batch_tokens=32768, precision="bfloat16", gradient_checkpointing=1),
+        lr=1e-6, max_moves=20, max_new_tokens=256, max_context=16384, rollout_batch=16,
+        precision="bfloat16", gradient_checkpointing=1),
 }
 # Methods differ by settings alone; one loop runs them all.
 METHODS = {
@@ -670,13 +670,14 @@ class SlotLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.values = value_states[:, :, :0]
+            self.keys = key_states[:, :, :0].to(self.values.dtype)   # autocast leaves them float32
         positions = self.forward.positions                                           # (B, L)
         used, rows = self.forward.used, torch.arange(len(positions))[:, None]
         if used > self.keys.shape[2]:          # in steps of 256: seldom, and little is wasted
             more = (0, 0, 0, -(-used // 256) * 256 - self.keys.shape[2])
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
-        self.keys[rows, :, positions] = key_states.transpose(1, 2)
+        self.keys[rows, :, positions] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[rows, :, positions] = value_states.transpose(1, 2)
         return self.keys[:, :, :used], self.values[:, :, :used]
 
