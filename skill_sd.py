@@ -672,8 +672,7 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.values = value_states[:, :, :0]
             self.keys = key_states[:, :, :0].to(self.values.dtype)   # autocast leaves them float32
-        positions = self.forward.positions                                           # (B, L)
-        used, rows = self.forward.used, torch.arange(len(positions))[:, None]
+        used, positions, rows = self.forward.used, self.forward.positions, self.forward.rows
         if used > self.keys.shape[2]:          # in steps of 256: seldom, and little is wasted
             more = (0, 0, 0, -(-used // 256) * 256 - self.keys.shape[2])
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
@@ -693,7 +692,9 @@ class CachedForward:
     def __init__(self, model, temperature):
         self.model, self.temperature = model, temperature
         self.cache = Cache(layer_class_to_replicate=partial(SlotLayer, self))
-        self.lengths = None                                    # (B,) tokens in each row
+        self.lengths = None                                    # B ints: tokens in each row
+        named = inspect.signature(model.forward).parameters    # the older name is being retired
+        self.keyword = "cache" if "cache" in named else "past_key_values"
         config = model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
         self.mixed = len(set(getattr(config, "layer_types", None) or [])) > 1
@@ -701,30 +702,33 @@ class CachedForward:
     def __call__(self, chunks):
         """chunks: B lists of ids, some may be empty. Returns log-probs (B, V), float32."""
         if self.lengths is None:               # rollouts of one task share their prompt: read once
-            different = list(dict.fromkeys(map(tuple, chunks)))
-            self.lengths = torch.zeros(len(different), dtype=torch.long, device=self.model.device)
+            different = {}
+            rows = [different.setdefault(tuple(chunk), len(different)) for chunk in chunks]
+            self.lengths = [0] * len(different)
             logp = self([list(chunk) for chunk in different])
-            rows = [different.index(tuple(chunk)) for chunk in chunks]
             self.keep(rows)
             return logp[rows]
         device, longest = self.model.device, max(map(len, chunks))
         ids = torch.tensor([c + [0] * (longest - len(c)) for c in chunks], device=device)   # (B, L)
-        new = torch.tensor([len(c) for c in chunks], device=device)                  # (B,)
+        start, last = torch.tensor([self.lengths, [max(len(c) - 1, 0) for c in chunks]],
+                                   device=device)[:, :, None]                        # (B, 1) each
         along = torch.arange(longest, device=device)
-        self.positions = self.lengths[:, None] + along                               # (B, L)
-        self.used = int(self.positions.max()) + 1
-        last = along == (new - 1).clamp(min=0)[:, None]                              # (B, L)
+        self.positions = start + along                                               # (B, L)
+        self.rows = torch.arange(len(chunks), device=device)[:, None]                # (B, 1)
+        self.used = max(self.lengths) + longest
         logits = logits_where(
-            self.model, last, input_ids=ids, position_ids=self.positions, use_cache=True,
-            attention_mask=self.visible(), past_key_values=self.cache)
-        self.lengths = self.lengths + new
+            self.model, along == last, input_ids=ids, position_ids=self.positions, use_cache=True,
+            attention_mask=self.visible(), **{self.keyword: self.cache})
+        self.lengths = [n + len(c) for n, c in zip(self.lengths, chunks)]
         return F.log_softmax(logits / self.temperature, dim=-1)                      # (B, V)
 
     def visible(self):
         """Which slots a token sees (B, 1, L, slots), for each kind of layer if there are two."""
         slots = torch.arange(self.used, device=self.positions.device)
-        behind = self.positions[:, None, :, None] - slots
-        full, near = behind >= 0, (behind >= 0) & (behind < (self.window or math.inf))
+        here = self.positions[:, None, :, None]
+        full = near = slots <= here
+        if self.window:
+            near = full & (slots > here - self.window)
         if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
             full, near = (torch.zeros_like(m, dtype=self.model.dtype).masked_fill(~m, -1e9)
                           for m in (full, near))
@@ -732,9 +736,8 @@ class CachedForward:
 
     def keep(self, rows):
         """Go on with these rows only; a row may be taken more than once."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        self.lengths = self.lengths[index]
-        self.cache.batch_select_indices(index)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
 
 
 def try_each(calls, concurrent):
