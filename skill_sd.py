@@ -403,11 +403,11 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
             tqdm.write(f"no skill from {cfg.summarizer}: {error}")
     else:
         # DEVIATION: the paper asks an external model; here the student writes its own skills.
-        # Writing is played as a world of one turn, so that `rollout` does it. The JSON is begun for
-        # it: small models seldom do so themselves.
+        # Writing is played as a world of one turn, so that `rollout` does it. CHOICE: the JSON is
+        # begun for it, and sampled at 0.6: a small model seldom ends it otherwise.
         own = dataclasses.replace(
             cfg, max_new_tokens=cfg.summary_tokens, prefill='{"success_analysis": "',
-            max_context=2 * cfg.max_context + cfg.summary_tokens)
+            temperature=0.6, max_context=2 * cfg.max_context + cfg.summary_tokens)
         tasks = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, counts={}, completion=lambda: 0.0,
             reset=partial(transcript, t), step=lambda response: ("", True), close=lambda: None)
