@@ -407,7 +407,7 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
         # begun for it, and sampled at 0.6: a small model seldom ends it otherwise.
         own = dataclasses.replace(
             cfg, max_new_tokens=cfg.summary_tokens, prefill='{"success_analysis": "',
-            temperature=0.6, max_context=2 * cfg.max_context + cfg.summary_tokens)
+            temperature=0.6, max_context=context_window(student, cfg.max_context))
         tasks = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, counts={}, completion=lambda: 0.0,
             reset=partial(transcript, t), step=lambda response: ("", True), close=lambda: None)
@@ -609,6 +609,11 @@ def eos_ids(model):
     """The end-of-sequence ids that the model's generation config names, as a list."""
     ids = model.generation_config.eos_token_id
     return ids if isinstance(ids, list) else [ids]
+
+
+def context_window(model, default):
+    """The longest text, in tokens, that the model reads; `default` if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", default)
 
 
 # =============================================================================================
@@ -1582,7 +1587,7 @@ def load_pretrained(path, cfg):
                              "name, be online, and `hf auth login` if it is gated. "
                              f"{type(reason).__name__}: {reason}") from error
         model, tokenizer = load()
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", cfg.max_context)
+    window = context_window(model, cfg.max_context)
     if cfg.max_context > window:
         raise ValueError(f"max_context={cfg.max_context}: {path} reads at most {window} tokens")
     if cfg.gradient_checkpointing:

@@ -4,6 +4,7 @@
     python test_skill_sd.py fuzz          100,000 hostile strings through every parser
     python test_skill_sd.py inside RUN    what the teacher of a run knows more than its student
     python test_skill_sd.py bench MODEL   the rollout's speed against generate()
+    python test_skill_sd.py fit           the memory that models of common sizes need
 """
 import copy
 import dataclasses
@@ -2336,9 +2337,32 @@ def inside(model, tokenizer, world, cfg, n=128):
               f"{p:24.3f}{q:8.3f}{kl:7.3f}")
 
 
+def fit():
+    """The README's table: `memory` for models of common shapes, in GB."""
+    shapes = {                 # width, MLP, layers, heads, key heads, head width, vocabulary
+        "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152),
+        "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 64, 151936),
+        "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, 151936),
+        "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 128, 151936),
+        "Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936)}
+    print(f"{'model':<14}parameters   play  update   update with one copy")
+    for name, (hidden, mlp, layers, heads, key_heads, width, vocabulary) in shapes.items():
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+                vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, head_dim=width,
+                num_hidden_layers=layers, num_attention_heads=heads, tie_word_embeddings=True,
+                num_key_value_heads=key_heads))
+        n = sum(p.numel() for p in model.parameters())
+        need = memory(model.config, n, rows=64, slots=4096, tokens=16384, actions=4096,
+                      precision="bfloat16")
+        print(f"{name:<14}{n / 1e6:8.0f} M {need['play'] / 1e9:6.0f} {need['update'] / 1e9:7.0f}"
+              f"{(need['update'] - 4 * n) / 1e9:23.0f}")
+
+
 def games(answer, tokenizer, envs, cfg):
-    """Play by asking for the answers to whole conversations. Returns the ids after each prompt."""
-    chat, rows, playing = Chat(tokenizer, cfg.eos), [], list(range(len(envs)))
+    """Play by asking for the answers to whole conversations. Returns the ids after each prompt, and
+    the number of sampled ones."""
+    sampled, chat, rows, playing = 0, Chat(tokenizer, cfg.eos), [], list(range(len(envs)))
     prefill = chat.encode(cfg.prefill)
     for env in envs:
         rows.append(chat.prompt(env.system_prompt, env.reset()) + prefill)
@@ -2347,13 +2371,14 @@ def games(answer, tokenizer, envs, cfg):
         still = []
         for i, ids in zip(playing, answer([rows[i] for i in playing])):
             rows[i] += ids
+            sampled += len(ids)
             text = cfg.prefill + tokenizer.decode(ids, skip_special_tokens=True)
             observation, done = envs[i].step(text)
             if not done:
                 rows[i] += chat.next_turn(observation, ended=ids[-1] in chat.eos_ids) + prefill
                 still.append(i)
         playing = still
-    return [row[start:] for row, start in zip(rows, starts)]
+    return [row[start:] for row, start in zip(rows, starts)], sampled
 
 
 def bench(path, n=4, turns=20):
@@ -2366,7 +2391,8 @@ def bench(path, n=4, turns=20):
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
     print(f"{path}: {n} games of {turns} turns at most, greedy, {model.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}")
+          f"{transformers.__version__}\n{'':<21}seconds  action tokens  a second   ratio  prefilled "
+          "tokens  same games")
 
     def plain(rows):
         longest = max(map(len, rows))
@@ -2399,7 +2425,7 @@ def bench(path, n=4, turns=20):
     def ours(envs):
         played = rollout(model, tokenizer, envs, cfg, greedy=True)
         assert not any(t.error or t.counts["truncated"] for t in played)
-        return [t.ids for t in played]
+        return [t.ids for t in played], sum(sum(t.mask) for t in played)
     cfg.eos = eos
     ways = {"generate()": partial(games, plain, tokenizer, cfg=cfg), "rollout": ours}
     if hasattr(transformers, "ContinuousBatchingConfig"):
@@ -2412,13 +2438,12 @@ def bench(path, n=4, turns=20):
         del read[:]
         envs, started = [SokobanEnv(level, turns) for level in levels], time.perf_counter()
         with torch.no_grad():
-            ids = way(envs)
+            ids, sampled = way(envs)
         seconds = time.perf_counter() - started
         wanted, slowest = wanted or ids, slowest or seconds
-        print(f"{name:<20} {seconds:6.1f} s {sum(env.turn for env in envs):4d} answers "
-              f"{sum(map(len, ids)):6d} tokens after the prompts {sum(r.numel() for r in read):7d} "
-              f"tokens through the model {slowest / seconds:5.2f} x "
-              f"{sum(map(list.__eq__, ids, wanted))} of {n} games the same", flush=True)
+        print(f"{name:<20} {seconds:8.1f} {sampled:14d} {sampled / seconds:9.1f} "
+              f"{slowest / seconds:7.2f} {sum(r.numel() for r in read) - sampled:17d} "
+              f"{sum(map(list.__eq__, ids, wanted)):6d} of {n}", flush=True)
         assert name != "rollout" or ids == wanted, "the greedy games differ"
 
 
@@ -2434,9 +2459,11 @@ if __name__ == "__main__":
                 "trained", skill_sd.load_pretrained(Path(sys.argv[2]) / "student", settings))):
             print(f"\n{name}")
             inside(*found, levels, settings)
+    elif sys.argv[1:] == ["fit"]:
+        fit()
     elif sys.argv[1:] == ["fuzz"]:
         for name, count in fuzz(100_000, seed=0).items():
             print(f"{name}: {count} strings")
     else:
-        sys.exit("usage: python test_skill_sd.py fuzz, inside RUN, or bench MODEL"
+        sys.exit("usage: python test_skill_sd.py fuzz, inside RUN, bench MODEL, or fit"
                  "     (the tests: python -m pytest -q)")
