@@ -104,7 +104,7 @@ class Config:
     iterations: int = 60             # iterations; the paper runs 180 on Sokoban
     updates_per_iteration: int = 1   # optimiser steps on each batch                    CHOICE
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
-    lam: float = 0.1                 # lambda of SDL, if the teacher reads; paper: 0.001 CHOICE
+    lam: float = 0.1                 # lambda of SDL, if the teacher reads; paper: 0.001  CHOICE
     skill_reader: str = "teacher"    # who sees the skill while training: teacher, student, nobody
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: str = "student"           # who samples the tokens: student, or teacher with its skill
@@ -194,59 +194,56 @@ def settings(given):
 
 def check(cfg):
     """ValueError naming the field, the value and what would be right."""
+    choices = dict(method=[*METHODS, "all"], preset=["", *PRESETS], env=["sokoban", "appworld"],
+                   skill_reader=["teacher", "student", "nobody"], actor=["student", "teacher"],
+                   skill_shown=["own", "other", "empty"], split=["test", "val"],
+                   precision=["float32", "bfloat16"], gradient_checkpointing=[0, 1],
+                   tune_temperature=[0, 1])
+    positive = ("save_every seeds group_size tasks_per_iteration updates_per_iteration temperature "
+                "lr max_grad_norm adv_eps bank_size max_turns train_levels test_levels "
+                "max_new_tokens max_context rollout_batch micro_batch_tokens warm_batch "
+                "summary_tokens summarizer_timeout").split()
     for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
+        name, value = f.name, getattr(cfg, f.name)
         if isinstance(value, bool) or not isinstance(value, (int, float) if f.type is float
                                                      else f.type):
-            raise ValueError(f"{f.name}={value!r}: must be of type {f.type.__name__}")
-    choices = dict(method=[*METHODS, "all"], preset=["", *PRESETS],
-                   skill_reader=["teacher", "student", "nobody"], actor=["student", "teacher"],
-                   split=["test", "val"],
-                   skill_shown=["own", "other", "empty"], tune_temperature=[0, 1],
-                   precision=["float32", "bfloat16"], gradient_checkpointing=[0, 1],
-                   env=["sokoban", "appworld"])
-    for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
-            raise ValueError(f"{name}={getattr(cfg, name)!r}: must be one of {', '.join(allowed)}")
-    positive = ("save_every seeds group_size tasks_per_iteration updates_per_iteration "
-                "temperature lr max_grad_norm adv_eps bank_size max_turns train_levels "
-                "test_levels max_new_tokens max_context "
-                "rollout_batch micro_batch_tokens warm_batch summary_tokens "
-                "summarizer_timeout").split()
-    for name in (f.name for f in dataclasses.fields(cfg)):
-        value = getattr(cfg, name)
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: must be of type {f.type.__name__}")
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"{name}={value!r}: must be one of "
+                             f"{', '.join(map(str, choices[name]))}")
+        if f.type is not str and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value}: must be a finite number, 0 or more")
         if name in positive and not value:
             raise ValueError(f"{name}={value}: must be above 0")
-    if cfg.group_size < 2 and cfg.reward_weight:
-        raise ValueError(f"group_size={cfg.group_size}: the advantage of one rollout alone is "
-                         "always 0; use 2 or more")
-    if cfg.iterations and cfg.tasks_per_iteration > cfg.train_levels:
-        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: at most train_levels="
-                         f"{cfg.train_levels}")
-    if cfg.actor == "teacher" and cfg.skill_reader != "teacher":
-        raise ValueError(f"actor={cfg.actor!r} with skill_reader={cfg.skill_reader!r}: a teacher "
-                         "that acts must be the one that reads the skill")
+        if name in ("warm_timid", "warm_notes", "curriculum") and value > 1:
+            raise ValueError(f"{name}={value}: a share, at most 1")
     served = re.match("https?://", cfg.summarizer)
-    if not served and cfg.summarizer not in ("auto", "rules", "self"):
-        raise ValueError(f"summarizer={cfg.summarizer!r}: must be auto, rules, self, or where an "
-                         "OpenAI-compatible server is, such as http://localhost:8000/v1")
-    if served and not cfg.summarizer_model:
-        raise ValueError(f"summarizer_model='' with summarizer={cfg.summarizer!r}: name the model "
-                         "that the server is to use (it lists them under /models)")
-    if cfg.summarizer == "rules" and cfg.env != "sokoban":
-        raise ValueError(f"summarizer='rules' with env={cfg.env!r}: the analyst knows Sokoban "
-                         "only; use self")
-    if not cfg.reward_weight and not (cfg.lam and cfg.skill_reader == "teacher"):
-        raise ValueError(f"reward_weight=0 with lam={cfg.lam}, skill_reader={cfg.skill_reader!r}: "
-                         "nothing would be learned; SDL needs lam above 0 and a reading teacher")
-    if cfg.tune_temperature and (cfg.env != "sokoban" or cfg.split != "test"):
-        raise ValueError(f"tune_temperature=1 with env={cfg.env!r}, split={cfg.split!r}: it is "
-                         "tuned on Sokoban's validation levels, and reported on its test levels")
-    for name in ("warm_timid", "warm_notes", "curriculum"):
-        if getattr(cfg, name) > 1:
-            raise ValueError(f"{name}={getattr(cfg, name)}: a share, at most 1")
+    for name, wrong, right in (
+            ("group_size", cfg.group_size < 2 and cfg.reward_weight,
+             "the advantage of one rollout alone is always 0; use 2 or more"),
+            ("tasks_per_iteration", cfg.iterations and cfg.tasks_per_iteration > cfg.train_levels,
+             f"at most train_levels={cfg.train_levels}"),
+            ("actor", cfg.actor == "teacher" and cfg.skill_reader != "teacher",
+             f"with skill_reader={cfg.skill_reader!r}: a teacher that acts must be the one that "
+             "reads the skill"),
+            ("summarizer", not served and cfg.summarizer not in ("auto", "rules", "self"),
+             "must be auto, rules, self, or where an OpenAI-compatible server is, such as "
+             "http://localhost:8000/v1"),
+            ("summarizer_model", served and not cfg.summarizer_model,
+             f"with summarizer={cfg.summarizer!r}: name the model that the server is to use (it "
+             "lists them under /models)"),
+            ("summarizer", cfg.summarizer == "rules" and cfg.env != "sokoban",
+             f"with env={cfg.env!r}: the analyst knows Sokoban only; use self"),
+            ("reward_weight", not cfg.reward_weight
+             and not (cfg.lam and cfg.skill_reader == "teacher"),
+             f"with lam={cfg.lam}, skill_reader={cfg.skill_reader!r}: nothing would be learned; "
+             "SDL needs lam above 0 and a reading teacher"),
+            ("tune_temperature", cfg.tune_temperature
+             and (cfg.env != "sokoban" or cfg.split != "test"),
+             f"with env={cfg.env!r}, split={cfg.split!r}: it is tuned on Sokoban's validation "
+             "levels, and reported on its test levels")):
+        if wrong:
+            raise ValueError(f"{name}={getattr(cfg, name)!r}: {right}")
     return cfg
 
 
@@ -256,7 +253,7 @@ def derived_seed(*parts):
 
 
 # =============================================================================================
-# Several processes (torchrun). With one, as in most of the story, every function here does nothing.
+# Several processes (torchrun). With one, as in most of the story, none of this matters.
 # Tasks are divided over the ranks and all episodes gathered, so that each rank keeps the same bank;
 # a rank scores its own episodes, and the gradients are summed.
 # =============================================================================================
@@ -295,16 +292,11 @@ def gather(mine):
 
 
 def from_rank_0(call):
-    """What the call returns there, on every rank: texts sampled twice could differ."""
+    """What the call returns on rank 0, on every rank: texts sampled twice could differ."""
     answer = [None if rank() else call()]
     if ranks() > 1:
         dist.broadcast_object_list(answer)
     return answer[0]
-
-
-def sum_over_ranks(tensors):
-    for tensor in tensors if ranks() > 1 else ():
-        dist.all_reduce(tensor)
 
 
 # =============================================================================================
@@ -345,18 +337,29 @@ def transcript(trajectory):
 
 
 def parse_skill(text):
-    """The Skill in a summarizer's answer; code fences and text around the object are forgiven.
+    """The Skill in a summarizer's answer. Forgiven are code fences, text around the object, more
+    fields, and an object that is cut off or ill-formed around three whole strings.
 
-    ValueError when no JSON object with the three fields, as text and not all empty, is in it.
+    ValueError when the three fields, as text and not all empty, are not in it.
     """
     names = [f.name for f in dataclasses.fields(Skill)]
     if len(text) > 100_000:
         raise ValueError(f"skill text of {len(text)} characters: at most 100000 are read")
-    for start in [m.start() for m in re.finditer(r"\{", text)][:100]:
+
+    def objects():
+        for start in [m.start() for m in re.finditer(r"\{", text)][:100]:
+            try:
+                yield json.JSONDecoder(strict=False).raw_decode(text, start)[0]
+            except (ValueError, RecursionError):
+                continue
+        string = r'"(?:[^"\\]|\\.)*"'
+        cut_off = re.search(r"\s*,\s*".join(rf'"{name}"\s*:\s*({string})' for name in names), text)
         try:
-            found, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
-        except (ValueError, RecursionError):
-            continue
+            yield dict(zip(names, [json.loads(value, strict=False)
+                                   for value in cut_off.groups()] if cut_off else []))
+        except ValueError:
+            pass                               # an escape that JSON does not have
+    for found in objects():
         if all(isinstance(found.get(name), str) for name in names):
             # A lone surrogate is legal JSON, but no text that can be encoded.
             values = [found[name].encode("utf-8", "replace").decode().strip() for name in names]
@@ -367,7 +370,7 @@ def parse_skill(text):
 
 def ask_server(text, cfg):
     """What an OpenAI-compatible server answers to SUMMARIZER_PROMPT and a transcript. Tried three
-    times; OSError or ValueError after that."""
+    times where that may help; raises what the last try raised, or what reading its JSON did."""
     body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
         dict(role="system", content=SUMMARIZER_PROMPT), dict(role="user", content=text)])
     request = urllib.request.Request(cfg.summarizer.rstrip("/") + "/chat/completions",
@@ -412,11 +415,9 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, counts={}, completion=lambda: 0.0,
             reset=partial(transcript, t), step=lambda response: ("", True), close=lambda: None)
             for t in trajectories]
-        texts = []
-        for start in range(0, len(tasks), cfg.rollout_batch):
-            for t in rollout(student, tokenizer, tasks[start:start + cfg.rollout_batch], own,
-                             generator=generator, desc="skills"):
-                texts.append("" if t.error else t.messages[1]["content"])
+        answers = play(student, tokenizer, SimpleNamespace(make_env=lambda task: task), tasks, own,
+                       generator=generator)
+        texts = ["" if t.error else t.messages[1]["content"] for t in answers]
     written, failed = [], 0
     for trajectory, text in zip(trajectories, texts):
         try:
@@ -556,7 +557,7 @@ class Chat:
         self.has_system = before is not None
         # Its text then goes above the task; the tiny template leaves it out on purpose.
         self.fold_system = not self.has_system and tokenizer.chat_template != TINY_TEMPLATE
-        self.before, self.between, self.header, self.turn_end = (
+        self.before, self.between, self.opening, self.turn_end = (
             tokenizer.encode(text or "", add_special_tokens=False)
             for text in (before, between, opening, turn_end))
         # A turn may end on any eos id, and on the token that the template itself puts there, if
@@ -592,17 +593,20 @@ class Chat:
         skill_ids = []
         if skill is not None:
             text = SKILL_TEXT.format(**dataclasses.asdict(skill))
-            skill_ids = self.encode(text)[:max_skill_tokens] + self.encode("\n\n")
+            blank = self.encode("\n\n")
+            room = None if max_skill_tokens is None else max(max_skill_tokens - len(blank), 0)
+            skill_ids = self.encode(text)[:room] + blank
         if self.fold_system:
             task = f"{system}\n\n{task}"
         system_ids = self.encode(system) if self.has_system else []
         # CHOICE: the skill stands in the first user message, above the task.
-        return self.before + system_ids + self.between + skill_ids + self.encode(task) + self.header
+        task_ids = skill_ids + self.encode(task)
+        return self.before + system_ids + self.between + task_ids + self.opening
 
     def next_turn(self, observation, ended):
         """Ids between an answer and the next one; `ended`: the answer closed its turn itself."""
         skip = 1 if ended and self.turn_end[0] in self.eos_ids else 0
-        return self.turn_end[skip:] + self.encode(observation) + self.header
+        return self.turn_end[skip:] + self.encode(observation) + self.opening
 
 
 def eos_ids(model):
@@ -668,16 +672,16 @@ def logits_where(model, where, **inputs):
 class SlotLayer(DynamicLayer):
     """Keys and values of one layer (B, heads, slots, width): a token's slot is its position."""
 
-    def __init__(self, forward):
+    def __init__(self, owner):
         super().__init__()
-        self.forward = forward
+        self.owner = owner                     # the CachedForward, which knows the positions
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.values = value_states[:, :, :0]
             self.keys = key_states[:, :, :0].to(self.values.dtype)   # autocast leaves them float32
-        used, positions, rows = self.forward.used, self.forward.positions, self.forward.rows
+        used, positions, rows = self.owner.used, self.owner.positions, self.owner.rows
         if used > self.keys.shape[2]:          # in steps of 256: seldom, and little is wasted
             more = (0, 0, 0, -(-used // 256) * 256 - self.keys.shape[2])
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
@@ -706,7 +710,7 @@ class CachedForward:
 
     def __call__(self, chunks):
         """chunks: B lists of ids, some may be empty. Returns log-probs (B, V), float32."""
-        if self.lengths is None:               # rollouts of one task share their prompt: read once
+        if self.lengths is None:     # first call: each prompt is read once, then copied
             different = {}
             rows = [different.setdefault(tuple(chunk), len(different)) for chunk in chunks]
             self.lengths = [0] * len(different)
@@ -758,16 +762,12 @@ def try_each(calls, concurrent):
         return list(pool.map(guarded, calls))
 
 
-def begin(env):
-    """The first observation, and the completion before anything is done."""
-    return env.reset(), env.completion()
-
-
 @torch.no_grad()
-def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc="rollout"):
+def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
     """Play one episode in every environment, all of them as one batch, and close them.
 
     model samples from its full softmax at cfg.temperature, or takes the likeliest token (`greedy`);
+    envs: objects with task_id, system_prompt, reset(), step(text), completion() and close();
     skills: one Skill or None per environment, shown to whoever acts here; generator: a
     torch.Generator on the model's device. Returns a list[Trajectory] in the order of `envs`. An
     environment that raises ends its own episode with `error` set, and costs nobody else's.
@@ -778,7 +778,8 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     limit = cfg.max_context - cfg.max_skill_tokens             # so that either prompt leaves room
     concurrent = any(getattr(env, "concurrent", False) for env in envs)
     trajectories, chunks, rows = [], [], []                    # rows: environments still playing
-    begun = try_each([partial(begin, env) for env in envs], concurrent)
+    begun = try_each([lambda env=env: (env.reset(), env.completion()) for env in envs],
+                     concurrent)
     for i, (env, (start, error)) in enumerate(zip(envs, begun)):
         t = Trajectory(env.task_id, env.system_prompt, "", error=error)
         trajectories.append(t)
@@ -796,7 +797,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         rows.append(i)
         chunks.append(chat.prompt(t.system, t.task, skills[i], cfg.max_skill_tokens) + prefill)
     forward = CachedForward(model, cfg.temperature)
-    progress = tqdm(total=len(envs), desc=desc, leave=False, disable=None)
+    progress = tqdm(total=len(envs), desc="rollout", leave=False, disable=None)
     while rows:
         with arithmetic(model, cfg):
             answers = sample_answers(forward, chunks, chat.eos_ids, cfg.max_new_tokens, generator,
@@ -835,7 +836,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     scores = try_each([env.completion for _, env in playing], concurrent)
     for (t, env), (reward, error) in zip(playing, scores):
         t.reward, t.error = (0.0, f"completion: {error}") if error else (reward, "")
-        t.counts.update(env.counts)
+        t.counts.update(getattr(env, "counts", {}))
     try_each([env.close for env in envs], concurrent)          # the scores are in
     return trajectories
 
@@ -1040,11 +1041,11 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
     # mode, whatever it is told; load_pretrained has set dropout to 0.
     student.train(bool(cfg.gradient_checkpointing))
     n_tokens = n_tokens or sum(sum(t.mask) for t in trajectories)
-    logp_old = [None] * len(trajectories)
+    logp_old, asked = [None] * len(trajectories), logp_teacher or [None] * len(trajectories)
+    names = "pg_loss sdl_loss log_ratio rho_minus_1 clip_fraction entropy".split()
     for epoch in range(cfg.updates_per_iteration):
         optimizer.zero_grad(set_to_none=True)
-        sums = dict.fromkeys(["pg_loss", "sdl_loss", "log_ratio", "rho_minus_1", "clip_fraction",
-                              "entropy"], 0.0)
+        totals = torch.zeros(len(names), dtype=torch.float64, device=student.device)
         for rows in micro_batches(trajectories, cfg.micro_batch_tokens):
             batch = [trajectories[i] for i in rows]
             with arithmetic(student, cfg):
@@ -1058,29 +1059,25 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
                 return torch.zeros_like(logp).masked_scatter(mask, torch.cat(parts))
 
             old = filled([logp_old[i] for i in rows])
-            share = mask.sum() / n_tokens
+            teacher = filled([logp_old[i] if asked[i] is None else asked[i] for i in rows])
             pg = grpo_loss(logp, old, adv[rows].to(logp.device), mask, cfg.clip_low, cfg.clip_high)
-            loss = cfg.reward_weight * pg
-            if logp_teacher is not None:
-                teacher = filled([logp_old[i] if logp_teacher[i] is None else logp_teacher[i]
-                                  for i in rows])
-                sdl = sdl_loss(logp, teacher, old, mask)
-                # Eq. 14: L = L_GRPO + lambda * L_SDL
-                loss = loss + cfg.lam * sdl
-                sums["sdl_loss"] += (share * sdl).item()
-                sums["log_ratio"] += (share * masked_mean(logp.detach() - teacher, mask)).item()
-            (share * loss).backward()
-            ratio = (logp.detach() - old).exp()
-            outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            sums["pg_loss"] += (share * pg).item()
-            sums["rho_minus_1"] += (share * masked_mean((ratio - 1).abs(), mask)).item()
-            sums["clip_fraction"] += (share * masked_mean(outside.float(), mask)).item()
-            sums["entropy"] -= (share * masked_mean(old, mask)).item()
-        for p in student.parameters():         # a rank may have had nothing to score
-            p.grad = torch.zeros_like(p) if p.grad is None and ranks() > 1 else p.grad
-        totals = torch.tensor(list(sums.values()), device=student.device)
-        sum_over_ranks([p.grad for p in student.parameters()] + [totals])
-        sums = dict(zip(sums, totals.tolist()))
+            sdl = sdl_loss(logp, teacher, old, mask)
+            share = mask.sum() / n_tokens
+            # Eq. 14: L = L_GRPO + lambda * L_SDL
+            (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
+            with torch.no_grad():
+                ratio = (logp - old).exp()
+                outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
+                means = [masked_mean(x, mask) for x in (logp - teacher, (ratio - 1).abs(),
+                                                        outside.float(), -old)]
+                totals += share * torch.stack([x.double() for x in (pg, sdl, *means)])
+        for p in student.parameters() if ranks() > 1 else ():
+            if p.grad is None:                 # a rank may have had nothing to score
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
+        if ranks() > 1:
+            dist.all_reduce(totals)
+        sums = dict(zip(names, totals.tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm).item()
         if not math.isfinite(grad_norm + sum(sums.values())):
             raise FloatingPointError(f"gradient norm {grad_norm}, losses {sums}: stopped before "
@@ -1108,14 +1105,14 @@ def pick_tasks(levels, cfg, k):
     return [levels[i] for i in rng.sample(range(n), cfg.tasks_per_iteration)]
 
 
-def shown_skill(bank, entry, cfg, k):
+def shown_skill(bank, task_id, entry, cfg, k):
     """The skill of the picked entry; in the controls another task's, at random (the task's own, if
     no other has one yet), or one that says nothing."""
     if cfg.skill_shown == "empty":
         return Skill("", "", "")
     if cfg.skill_shown == "other":
-        others = [e for entries in bank.entries.values() for e in entries if entry not in entries]
-        rng = random.Random(derived_seed(cfg.seed, "other", k, entry["skill"].golden_workflow))
+        others = [e for task, entries in bank.entries.items() if task != task_id for e in entries]
+        rng = random.Random(derived_seed(cfg.seed, "other", k, task_id))
         return rng.choice(others or [entry])["skill"]
     return entry["skill"]
 
@@ -1144,7 +1141,6 @@ def train(cfg):
     for k in tqdm(range(first, cfg.iterations), run.path.name, initial=first,
                   total=cfg.iterations, disable=rank() > 0):
         times, generator = [time.perf_counter()], make_generator(student, cfg.seed, "rollout", k)
-        optimizer.zero_grad(set_to_none=True)  # room for the rollout's cache
 
         # 1. theta_old <- theta (held as logp_old, see update); theta-bar <- theta
         synced = cfg.sync_every > 0 and k % cfg.sync_every == 0
@@ -1156,7 +1152,8 @@ def train(cfg):
         names = [world.make_env(task).task_id for task in tasks]
         entries = [bank.select(name) for name in names]        # None where B(x) is empty
         decided = [bank.decided(name) for name, entry in zip(names, entries) if entry]
-        shown = [entry and shown_skill(bank, entry, cfg, k) for entry in entries]
+        shown = [entry and shown_skill(bank, name, entry, cfg, k)
+                 for name, entry in zip(names, entries)]
         repeated = [(task, skill) for task, skill in list(zip(tasks, shown))[rank()::ranks()]
                     for _ in range(cfg.group_size)]
         in_student = cfg.skill_reader == "student"
@@ -1173,15 +1170,16 @@ def train(cfg):
         # that has fewer than two others
         alive = [[not t.error for t in group] for group in groups]
         valid = [ok and sum(group) >= min(2, cfg.group_size) for group in alive for ok in group]
-        batch = [t for t, ok in zip(episodes, valid) if ok]
+        adv = group_advantages([t.reward for t in episodes], cfg.group_size, cfg.adv_eps, valid)
+        kept = [i for i, ok in enumerate(valid) if ok]
+        batch = [episodes[i] for i in kept]
         if not batch:
             raise EnvironmentError("every environment failed, or all but one of each group; the "
                                    f"first: {next(t.error for t in episodes if t.error)}")
-        groups = [[t for t, ok in zip(group, valid[g * cfg.group_size:]) if ok]
-                  for g, group in enumerate(groups)]
-        adv = group_advantages([t.reward for t in episodes], cfg.group_size, cfg.adv_eps, valid)
-        mine = [i for i, ok in enumerate(valid)
-                if ok and i // cfg.group_size % ranks() == rank()]
+        finished = [[] for _ in tasks]         # the groups, less what is left out
+        for i in kept:
+            finished[i // cfg.group_size].append(episodes[i])
+        mine = [i for i in kept if i // cfg.group_size % ranks() == rank()]    # this rank scores
         own, skills = [episodes[i] for i in mine], [shown[i // cfg.group_size] for i in mine]
 
         # 4. the teacher re-scores the same tokens under x + S(x)
@@ -1190,16 +1188,17 @@ def train(cfg):
             logp_teacher = teacher_logps(teacher, tokenizer, own, skills, cfg, synced)
         times.append(time.perf_counter())
 
-        # 5. credit the picks; an external summarizer starts to write while the weights move
-        for entry, group in zip(entries, groups):
+        # 6 begins: credit the picks; a served summarizer writes while the weights move, the student
+        # itself after that, with the new ones
+        for entry, group in zip(entries, finished):
             if entry and group:
                 bank.credit(entry, np.mean([t.reward for t in group]))
-        chosen = worth_writing_up(bank, groups) if uses_skills else []
+        chosen = worth_writing_up(bank, finished) if uses_skills else []
         write = partial(summarize, chosen, student, tokenizer, cfg, generator)
         if cfg.summarizer.startswith("http") and not rank():
             write = ThreadPoolExecutor(1).submit(write).result
 
-        # 6. minimise L over the tokens
+        # 5. minimise L over the tokens
         try:
             metrics = update(student, optimizer, tokenizer, own, adv[mine], logp_teacher,
                              skills if in_student else None, cfg,
@@ -1212,9 +1211,10 @@ def train(cfg):
             gather([])                             # nobody leaves before it is written
             raise FloatingPointError(f"iteration {k}: {error}; what was being trained on is in "
                                      f"{run.path / 'non_finite.pt'}") from error
+        optimizer.zero_grad(set_to_none=True)  # room for what is played next
         times.append(time.perf_counter())
 
-        # 7. new skills enter the bank: they can be picked from iteration k + 1 on
+        # 6 ends: new skills enter the bank: they can be picked from iteration k + 1 on
         if uses_skills:
             written, failed = from_rank_0(write)
             for t, skill in written:
@@ -1227,9 +1227,9 @@ def train(cfg):
             iteration=k, reward=np.mean([t.reward for t in batch]),
             success=np.mean([t.reward == 1.0 for t in batch]),
             turns=np.mean([t.turns for t in batch]),
-            zero_spread_groups=sum(len({t.reward for t in group}) == 1 for group in groups),
+            zero_spread_groups=sum(len({t.reward for t in group}) == 1 for group in finished),
             failed_episodes=sum(bool(t.error) for t in episodes),
-            left_out_groups=sum(not group for group in groups),
+            left_out_groups=sum(not group for group in finished),
             tokens_per_second=metrics["action_tokens"] / (times[-1] - times[0]))
         if decided:
             metrics["ucb_decided"] = np.mean(decided)
@@ -1274,10 +1274,11 @@ def evaluate(model, tokenizer, world, cfg):
 
 
 def percent(values):
-    """Mean and 95 % interval in percent: Student's t over a few seeds, 1.96 over many tasks."""
+    """Mean and 95 % interval in percent: Student's t, of 10 up to 30 values (a little too wide)."""
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
     n = len(values)
-    half = t.get(n, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    factor = t.get(n, 2.26 if n <= 30 else 1.96)
+    half = factor * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return f"{100 * np.mean(values):5.1f} ±{100 * half:5.1f}"
 
 
@@ -1645,12 +1646,11 @@ def show_prompts(cfg):
         print(f"{left:<32}{f'{i:>5}{token}':<32}{'<- action' if scored else ''}".rstrip())
 
 
-def evaluate_run(folder, device):
+def evaluate_run(cfg):
     """Play the held-out tasks with the student of a finished run."""
-    folder = Path(folder)
+    folder = Path(cfg.out) / cfg.name
     if not (folder / "result.json").exists():
         raise ValueError(f"eval={str(folder)!r}: not a finished run, which has a result.json")
-    cfg = resumed(folder, dict(device=device))
     student, tokenizer = load_pretrained(folder / "student", cfg)
     print_table([(cfg.method, cfg.seed, evaluate(student, tokenizer, make_world(cfg), cfg))])
 
@@ -1747,18 +1747,17 @@ def stop(signum, frame):
 def main():
     given, command = parse_args()
     try:
-        cfg = check(Config(**settings(given)))
-        if command.resume:
-            cfg = resumed(command.resume, given)
+        for name in given.keys() - {"device", "threads"} if command.eval else ():
+            raise ValueError(f"{name}={given[name]!r}: --eval plays with the run's own settings; "
+                             "leave it out")
+        folder = command.resume or command.eval
+        cfg = resumed(folder, given) if folder else check(Config(**settings(given)))
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         if command.show_prompts:
             show_prompts(cfg)
         elif command.eval:
-            for name in given.keys() - {"device", "threads"}:
-                raise ValueError(f"{name}={given[name]!r}: --eval plays with the run's own "
-                                 "settings; leave it out")
-            evaluate_run(command.eval, cfg.device)
+            evaluate_run(cfg)
         else:
             signal.signal(signal.SIGINT, stop)
             start_ranks(cfg)

@@ -247,7 +247,9 @@ def test_parse_skill_forgives_what_surrounds_it():
     fields = dict(success_analysis=" a ", mistake_analysis="b", golden_workflow="c {d}")
     for text in (json.dumps(fields),
                  f"Sure! Here:\n```json\n{json.dumps(fields, indent=2)}\n```\nDone.",
-                 '{"note": {}} ' + json.dumps(fields | {"more": 1})):
+                 '{"note": {}} ' + json.dumps(fields | {"more": 1}),
+                 json.dumps(fields)[:-1] + ",}", json.dumps(fields)[:-1] + ', "more": "and mo',
+                 '{"success_analysis": "lost"} ' + json.dumps(fields)[:-1]):
         assert parse_skill(text) == Skill("a", "b", "c {d}")
 
 
@@ -255,6 +257,9 @@ def test_parse_skill_forgives_what_surrounds_it():
     "", "no json", "{", "{" * 5000, '{"a":' * 3000, "[1, 2]", "null", '{"success_analysis": "x"}',
     json.dumps(dict(success_analysis=1, mistake_analysis="b", golden_workflow="c")),
     json.dumps(dict(success_analysis="", mistake_analysis=" ", golden_workflow="")), "\x00\ud800",
+    json.dumps(dataclasses.asdict(SKILLS[0]))[:-3],            # cut off within the last string
+    '{"success_analysis": "a", "mistake_analysis": "b", "golden_workflow": "\\x"',
+    '{"success_analysis": "a", "mistake_analysis": "b"} {"golden_workflow": "of another"}',
     json.dumps(dataclasses.asdict(SKILLS[0])) + " " * 200_000])
 def test_parse_skill_refuses_what_is_none(text):
     with pytest.raises(ValueError):
@@ -460,7 +465,7 @@ def test_template_families(bytes_tokenizer, family):
     assert tokenizer.decode(ids + grown) == whole
     if family != "mistral":                    # "[INST] text" merges blank and text
         assert ids + grown == tokenizer.encode(whole, add_special_tokens=False)
-    assert len(shown) > len(ids) and shown[-len(chat.header):] == chat.header
+    assert len(shown) > len(ids) and shown[-len(chat.opening):] == chat.opening
     closed = chat.next_turn("x", ended=True)   # it closed its turn itself: once is enough
     assert [end_id, *closed] == chat.next_turn("x", ended=False)
     # No text makes a control token, special or not; what was sampled is kept as it is.
@@ -902,10 +907,10 @@ def test_every_method_trains(runs, method, monkeypatch):
     real_sync, real_rollout = skill_sd.sync_teacher, skill_sd.rollout
     monkeypatch.setattr(skill_sd, "sync_teacher", lambda *a: (syncs.append(1), real_sync(*a)))
 
-    def spy(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False, desc="rollout"):
+    def spy(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
         if len(envs) == 12:                                    # not the 8 held-out tasks
             actors.append(skills is not None and any(skills))
-        return real_rollout(model, tokenizer, envs, cfg, skills, generator, greedy, desc)
+        return real_rollout(model, tokenizer, envs, cfg, skills, generator, greedy)
     monkeypatch.setattr(skill_sd, "rollout", spy)
     result = skill_sd.train(cfg)
     lines = [json.loads(line) for line in open(runs / f"{method}-seed0" / "log.jsonl")]
@@ -1020,7 +1025,7 @@ def test_controls_show_another_skill_or_an_empty_one():
         bank.add(task, skill)
     picked, other = bank.select("a"), bank.entries["b"][0]["skill"]
     for how, expected in (("own", picked["skill"]), ("other", other), ("empty", Skill("", "", ""))):
-        assert skill_sd.shown_skill(bank, picked, Config(skill_shown=how), 3) == expected
+        assert skill_sd.shown_skill(bank, "a", picked, Config(skill_shown=how), 3) == expected
 
 
 def test_temperature_is_tuned_on_validation_levels(tmp_path, monkeypatch):
@@ -2206,8 +2211,8 @@ def fuzz(n, seed):
         prompt = chat.prompt(text, text, Skill(text, text, text))
         turn = chat.next_turn(text, ended=False)
         for ids, before in ((prompt, chat.before + chat.between), (turn, chat.turn_end)):
-            end = len(ids) - len(chat.header)
-            assert ids[:len(before)] == before and ids[end:] == chat.header
+            end = len(ids) - len(chat.opening)
+            assert ids[:len(before)] == before and ids[end:] == chat.opening
             assert special.isdisjoint(ids[len(before):end])
         return any(token in text for token in CONTROL)
 
@@ -2391,8 +2396,8 @@ def bench(path, n=4, turns=20):
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0]))
     print(f"{path}: {n} games of {turns} turns at most, greedy, {model.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}\n{'':<21}seconds  action tokens  a second   ratio  prefilled "
-          "tokens  same games")
+          f"{transformers.__version__}\n{'':<21}seconds  action tokens  a second   ratio  "
+          "prefilled tokens  same games")
 
     def plain(rows):
         longest = max(map(len, rows))
