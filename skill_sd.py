@@ -189,7 +189,8 @@ METHODS = {
 def settings(given):
     """What a command line means: its preset's row, over it what was typed, and the method's row."""
     preset = given.get("preset") or ("tiny" if given.get("model", "tiny") == "tiny" else "small")
-    return PRESETS.get(preset, {}) | given | METHODS.get(given.get("method"), {})
+    row = PRESETS.get(preset, {}) | (dict(prefill="") if given.get("env") == "appworld" else {})
+    return row | given | METHODS.get(given.get("method"), {})
 
 
 def check(cfg):
@@ -345,6 +346,7 @@ def parse_skill(text):
     names = [f.name for f in dataclasses.fields(Skill)]
     if len(text) > 100_000:
         raise ValueError(f"skill text of {len(text)} characters: at most 100000 are read")
+    text = text.rpartition("</think>")[2]
 
     def objects():
         for start in [m.start() for m in re.finditer(r"\{", text)][:100]:
@@ -377,7 +379,7 @@ def ask_server(text, cfg):
                                      json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     if key := os.environ.get("OPENAI_API_KEY"):
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
+        request.add_unredirected_header("Authorization", f"Bearer {key.strip()}")
     for wait in (1, 4, None):
         deadline, received = time.monotonic() + cfg.summarizer_timeout, b""
         try:
@@ -390,7 +392,8 @@ def ask_server(text, cfg):
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)                 # 401, 404 ... would only come again
             if wait is None or code < 500 and code not in (408, 429):
-                raise
+                said = error.read(300) if hasattr(error, "read") else b""
+                raise OSError(f"{error!r} {said.decode(errors='replace')}".strip()) from error
             time.sleep(wait)
 
 
@@ -515,19 +518,25 @@ TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.c
 
 
 @lru_cache(maxsize=8)
-def plain_tokenizer(tokenizer):
-    """The tokenizer's own model without its added tokens, so that no text can forge one of them,
-    special or not. Runs of blanks that are in its vocabulary stay: they forge nothing."""
+def part_tokenizers(tokenizer):
+    """The tokenizer twice, changed to add no blank before a text, since each is a part of a longer
+    one: as it is, for the template's own text, and without its added tokens, so that no text can
+    forge one of them, special or not. Runs of blanks in its vocabulary stay: they forge nothing."""
     try:
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        text = tokenizer.backend_tokenizer.to_str()
     except AttributeError:
         raise ValueError(f"model={tokenizer.name_or_path!r}: its tokenizer is a slow one; use a "
                          "model whose folder has a tokenizer.json") from None
+    for old, new in ((r'"prepend_scheme": ?"\w+"', '"prepend_scheme":"never"'),
+                     (r'"add_prefix_space": ?true', '"add_prefix_space":false'),
+                     (r'("type": ?"Prepend", ?"prepend": ?)"[^"]*"', r'\1""')):
+        text = re.sub(old, new, text)
+    spec = json.loads(text) | dict(truncation=None, padding=None)
     vocabulary = dict(spec["model"]["vocab"])
     blanks = [t for t in spec["added_tokens"]
               if t["content"] in vocabulary and not t["content"].strip(" \n\t\r\u2581")]
-    return Tokenizer.from_str(json.dumps(spec | dict(added_tokens=blanks, truncation=None,
-                                                     padding=None)))
+    return [Tokenizer.from_str(json.dumps(spec | dict(added_tokens=added)))
+            for added in (spec["added_tokens"], blanks)]
 
 
 class Chat:
@@ -540,7 +549,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer, eos_ids=()):
-        self.tokenizer, self.plain = tokenizer, plain_tokenizer(tokenizer)
+        self.tokenizer, (template, self.plain) = tokenizer, part_tokenizers(tokenizer)
         if not tokenizer.chat_template:
             raise ValueError(f"model={tokenizer.name_or_path!r} has no chat template; "
                              "use an instruct model")
@@ -557,14 +566,15 @@ class Chat:
         self.has_system = before is not None
         # Its text then goes above the task; the tiny template leaves it out on purpose.
         self.fold_system = not self.has_system and tokenizer.chat_template != TINY_TEMPLATE
-        self.before, self.between, self.opening, self.turn_end = (
-            tokenizer.encode(text or "", add_special_tokens=False)
-            for text in (before, between, opening, turn_end))
+        start, *parts = [before, between, opening, turn_end][not self.has_system:]
+        start = tokenizer.encode(start, add_special_tokens=False)
+        parts = [template.encode(text, add_special_tokens=False).ids for text in parts]
+        *start, self.opening, self.turn_end = start, *parts
+        self.before, self.between = start if self.has_system else ([], *start)
         # A turn may end on any eos id, and on the token that the template itself puts there, if
         # that is one which no text can make.
-        self.eos_ids, end = {tokenizer.eos_token_id, *eos_ids} - {None}, self.turn_end[:1]
-        if self.encode(tokenizer.decode(end)) != end:
-            self.eos_ids |= set(end)
+        self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
+        self.eos_ids |= {*self.turn_end[:1]} & {*tokenizer.get_added_vocab().values()}
 
     def refusal(self):
         return ValueError(f"model={self.tokenizer.name_or_path!r}: its chat template does not "
@@ -605,8 +615,8 @@ class Chat:
 
     def next_turn(self, observation, ended):
         """Ids between an answer and the next one; `ended`: the answer closed its turn itself."""
-        skip = 1 if ended and self.turn_end[0] in self.eos_ids else 0
-        return self.turn_end[skip:] + self.encode(observation) + self.opening
+        ends = [i for i, y in enumerate(self.turn_end) if ended and y in self.eos_ids]
+        return self.turn_end[ends[0] + 1 if ends else 0:] + self.encode(observation) + self.opening
 
 
 def eos_ids(model):
@@ -706,7 +716,7 @@ class CachedForward:
         self.keyword = "cache" if "cache" in named else "past_key_values"
         config = model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
-        self.mixed = len(set(getattr(config, "layer_types", None) or [])) > 1
+        self.kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
 
     def __call__(self, chunks):
         """chunks: B lists of ids, some may be empty. Returns log-probs (B, V), float32."""
@@ -717,6 +727,16 @@ class CachedForward:
             logp = self([list(chunk) for chunk in different])
             self.keep(rows)
             return logp[rows]
+        # A mask has the size chunk x conversation: long chunks are read in parts.
+        logp = self.read([chunk[:512] for chunk in chunks])
+        for start in range(512, max(map(len, chunks)), 512):
+            longer = torch.tensor([len(chunk) > start for chunk in chunks], device=logp.device)
+            part = self.read([chunk[start:start + 512] for chunk in chunks])
+            logp = torch.where(longer[:, None], part, logp)
+        return logp
+
+    def read(self, chunks):
+        """One forward pass over short chunks: log-probs (B, V) after each."""
         device, longest = self.model.device, max(map(len, chunks))
         ids = torch.tensor([c + [0] * (longest - len(c)) for c in chunks], device=device)   # (B, L)
         start, last = torch.tensor([self.lengths, [max(len(c) - 1, 0) for c in chunks]],
@@ -741,7 +761,8 @@ class CachedForward:
         if self.model.config._attn_implementation == "eager":  # which adds its mask to the scores
             full, near = (torch.zeros_like(m, dtype=self.model.dtype).masked_fill(~m, -1e9)
                           for m in (full, near))
-        return dict(full_attention=full, sliding_attention=near) if self.mixed else near
+        masks = dict(full_attention=full, sliding_attention=near)
+        return masks if len(self.kinds) > 1 else masks[min(self.kinds)]
 
     def keep(self, rows):
         """Go on with these rows only; a row may be taken more than once."""
@@ -808,7 +829,8 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             t.logps += logps
             t.turns += 1
             t.counts["cut_answers"] += ids[-1] not in chat.eos_ids
-            t.say("assistant", cfg.prefill + tokenizer.decode(ids, skip_special_tokens=True))
+            t.say("assistant", tokenizer.decode(prefill + ids, skip_special_tokens=True,
+                                                clean_up_tokenization_spaces=False))
         steps = try_each([partial(envs[i].step, trajectories[i].messages[-1]["content"])
                           for i in rows], concurrent)
         still, chunks = [], []
@@ -1577,7 +1599,7 @@ def load_pretrained(path, cfg):
         return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
     try:
         model, tokenizer = load(local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:                 # every library has its own
         try:
             if Path(path).is_dir():
                 raise
@@ -1586,9 +1608,17 @@ def load_pretrained(path, cfg):
             raise ValueError(f"model={str(path)!r} is no folder with a model, not on this machine, "
                              "and not to be had from the hub; give a folder or an instruct model's "
                              "name, be online, and `hf auth login` if it is gated. "
-                             f"{type(reason).__name__}: {reason}") from error
+                             f"{type(reason).__name__}: {reason}; here: {error}") from error
         model, tokenizer = load()
-    window = context_window(model, cfg.max_context)
+    config, window = model.config.get_text_config(), context_window(model, cfg.max_context)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for unfit in ({*(getattr(config, "layer_types", None) or [])}
+                  - {"full_attention", "sliding_attention"},
+                  model._is_stateful and "recurrent layers",
+                  {rope.get("rope_type")} & {"longrope", "dynamic"}):
+        if unfit:
+            raise ValueError(f"model={str(path)!r} has {unfit}: the cache keeps keys that do not "
+                             "change with the length; use a model of plain or sliding attention")
     if cfg.max_context > window:
         raise ValueError(f"max_context={cfg.max_context}: {path} reads at most {window} tokens")
     if cfg.gradient_checkpointing:
@@ -1629,7 +1659,7 @@ def show_prompts(cfg):
     """One task's student and teacher tokens side by side: only the skill differs."""
     world = make_world(dataclasses.replace(cfg, env="sokoban"))
     tokenizer = (tiny_tokenizer(cfg.size) if cfg.model == "tiny"
-                 else AutoTokenizer.from_pretrained(cfg.model))
+                 else AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False))
     env, rng = world.make_env(world.train[0]), random.Random(cfg.seed)
     messages, probs = sokoban_env.play_as(env, sokoban_env.distances(env.level), rng, timid=0.3)
     t = demonstration(tokenizer, env.system_prompt, messages, turns=min(3, len(probs)))
@@ -1657,7 +1687,7 @@ def evaluate_run(cfg):
 
 def resumed(folder, given):
     """The Config of a run that was stopped, wherever its folder is now."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     try:
         cfg = Config(**json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:

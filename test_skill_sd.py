@@ -479,6 +479,36 @@ def test_template_families(bytes_tokenizer, family):
     assert [i for i in evil if i in control] == [i for i in clean if i in control]
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "normalizer"])
+def test_sentencepiece_adds_no_blank_to_parts(scheme):
+    """Of tokenizers that put a blank before a text, only the very start may get one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.train_from_iterator([sokoban_env.SYSTEM_PROMPT, *ROOMS], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]))
+    if scheme == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        tokenizer.pre_tokenizer = None
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
+                                        eos_token="</s>", unk_token="<unk>", chat_template=(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('') }}"
+        "{% elif m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>{{ m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"))
+    chat = Chat(tokenizer)
+    grown = chat.prompt("rules", "up") + chat.encode("down") + chat.next_turn("left", ended=False)
+    assert tokenizer.decode(grown) == (
+        "<s><|user|>rules\n\nup<|assistant|>down </s><|user|>left<|assistant|>")
+    blank = tokenizer.convert_tokens_to_ids("\u2581")
+    assert chat.eos_ids == {tokenizer.eos_token_id}            # not the blank before it
+    assert [blank, tokenizer.eos_token_id, *chat.next_turn("x", ended=True)] == chat.next_turn(
+        "x", ended=False)
+
+
 def test_templates_that_cannot_be_followed_are_refused(bytes_tokenizer):
     tokenizer = copy.deepcopy(bytes_tokenizer)
     for template in (CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"),   # opens otherwise
@@ -581,7 +611,7 @@ def status(field):
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith(field))
 
 torch.set_num_threads(1)
-tokenizer, rows, length = skill_sd.tiny_tokenizer(6), 8, 768
+tokenizer, rows, length = skill_sd.tiny_tokenizer(6), 4, 768
 cfg = skill_sd.Config(precision=precision, gradient_checkpointing=1, micro_batch_tokens=10**9)
 config = transformers.LlamaConfig(
     vocab_size=16384, hidden_size=320, intermediate_size=960, num_hidden_layers=6, head_dim=40,
@@ -599,7 +629,7 @@ for p in student.parameters():
 optimizer.step()
 optimizer.zero_grad(set_to_none=True)
 if phase == "play":
-    rows = 32
+    rows = 16
     forward = skill_sd.CachedForward(student.eval(), 1.0)
     with torch.no_grad(), skill_sd.arithmetic(student, cfg):
         for _ in range(length // 64):
@@ -641,6 +671,23 @@ def test_a_model_that_cannot_be_had_ends_at_once(tmp_path, monkeypatch):
             skill_sd.load_pretrained(name, cfg)
         assert repr(name)[:30] in str(told.value) and "hf auth login" in str(told.value)
     assert time.monotonic() - started < 60                     # seconds, were it not for a busy CPU
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("Mamba", dict(state_size=4)),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
+    ("Qwen3Next", dict(layer_types=["linear_attention", "full_attention"]))])
+def test_models_the_cache_cannot_hold_are_refused(tmp_path, name, settings):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this version of transformers has no {name}")
+    tokenizer = skill_sd.tiny_tokenizer(6)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the cache keeps keys"):
+        skill_sd.load_pretrained(tmp_path, Config())
 
 
 def test_presets_are_rows_under_what_is_typed():
