@@ -687,8 +687,9 @@ class SlotLayer(DynamicLayer):
         self.owner = owner                     # the CachedForward, which knows the positions
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if self.keys is None:
+            self.is_initialized, self.dtype = True, value_states.dtype
+            self.device = value_states.device
             self.values = value_states[:, :, :0]
             self.keys = key_states[:, :, :0].to(self.values.dtype)   # autocast leaves them float32
         used, positions, rows = self.owner.used, self.owner.positions, self.owner.rows

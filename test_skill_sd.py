@@ -249,7 +249,8 @@ def test_parse_skill_forgives_what_surrounds_it():
                  f"Sure! Here:\n```json\n{json.dumps(fields, indent=2)}\n```\nDone.",
                  '{"note": {}} ' + json.dumps(fields | {"more": 1}),
                  json.dumps(fields)[:-1] + ",}", json.dumps(fields)[:-1] + ', "more": "and mo',
-                 '{"success_analysis": "lost"} ' + json.dumps(fields)[:-1]):
+                 '{"success_analysis": "lost"} ' + json.dumps(fields)[:-1],
+                 f"<think>As {json.dumps(dict.fromkeys(fields, '.'))}</think>{json.dumps(fields)}"):
         assert parse_skill(text) == Skill("a", "b", "c {d}")
 
 
@@ -497,7 +498,8 @@ def test_sentencepiece_adds_no_blank_to_parts(scheme):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
                                         eos_token="</s>", unk_token="<unk>", chat_template=(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('') }}"
-        "{% elif m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>{{ m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+        "{% elif m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>{{ m.content }} "
+        "{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"))
     chat = Chat(tokenizer)
     grown = chat.prompt("rules", "up") + chat.encode("down") + chat.next_turn("left", ended=False)
@@ -694,6 +696,7 @@ def test_presets_are_rows_under_what_is_typed():
     def config(**given):
         return skill_sd.check(Config(**skill_sd.settings(given)))
     assert config() == Config() and config(model="somewhere").prefill == "<answer>"
+    assert config(model="somewhere", env="appworld").prefill == ""     # it answers in code
     assert config(model="tiny", preset="small").model == "tiny"
     paper = config(preset="paper", boxes=3)
     assert (paper.model, paper.boxes, paper.lam, paper.sync_every, paper.train_levels,
@@ -1421,7 +1424,7 @@ def from_server(tiny, served, n=1, timeout=20.0):
 
 
 def test_server_writes_skills(tiny, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")           # as it stands in a file
     together = threading.Barrier(4, timeout=20)                # all four are asked at once
 
     def answer(handler):
@@ -1440,7 +1443,7 @@ def test_server_writes_skills(tiny, monkeypatch):
             == {skill_sd.transcript(t) for t in trajectories})
 
 
-def test_server_is_tried_again_where_that_may_help(tiny, monkeypatch):
+def test_server_is_tried_again_where_that_may_help(tiny, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     waits = []
     monkeypatch.setattr(skill_sd.time, "sleep", waits.append)
@@ -1451,6 +1454,14 @@ def test_server_is_tried_again_where_that_may_help(tiny, monkeypatch):
     for code, tries in ((500, 3), (401, 1), (404, 1)):
         with Served(code) as served:
             assert from_server(tiny, served)[1:] == ([], 1) and len(served.requests) == tries
+
+    def refuse(handler):
+        handler.send_response(400)
+        handler.end_headers()
+        handler.wfile.write(b"max_tokens is not supported")
+    with Served(refuse) as served:
+        from_server(tiny, served)
+    assert "max_tokens is not supported" in capsys.readouterr().out
 
 
 def test_a_bad_server_costs_skills_only(tiny, monkeypatch):
