@@ -33,6 +33,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
 
     python skill_sd.py                          the demo: warm start, train, table
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
+    python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
     python skill_sd.py --eval runs/NAME         play the held-out levels with a finished student
     python skill_sd.py --resume runs/NAME       go on with a run that was stopped
     python skill_sd.py --show-prompts           student's and teacher's tokens, side by side
@@ -176,7 +177,7 @@ METHODS = {
     "base_best_t": dict(iterations=0, tune_temperature=1),         # is it more than sharper play?
     "skill_sd": {},
     "grpo": dict(lam=0.0, skill_reader="nobody"),
-    "opd": dict(reward_weight=0.0, lam=1.0),                       # SDL alone, no reward
+    "opd": dict(reward_weight=0.0, lam=1.0),                       # SDL alone, its weight CHOICE
     "skill_grpo": dict(lam=0.0, skill_reader="student"),           # skill in the student's prompt
     "frozen": dict(sync_every=0),                                  # ablations: on-policy, frozen
     "off_policy_frozen": dict(actor="teacher", sync_every=0),
@@ -471,7 +472,7 @@ class SkillBank:
         return len(entries) > 1 and all(e["picks"] for e in entries)
 
     def credit(self, entry, reward):
-        """Count a pick and the mean reward of the group that was played when it was picked."""
+        """Count a pick and the mean reward (CHOICE) of the group played when it was picked."""
         entry["picks"] += 1
         entry["reward_sum"] += float(reward)
 
@@ -845,7 +846,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             following = chat.next_turn(observation, ended=ids[-1] in chat.eos_ids) + prefill
             length = t.prompt_length + len(t.ids) + len(following) + cfg.max_new_tokens
             if not done and length > limit:
-                t.counts["truncated"] = 1
+                t.counts["truncated"] = 1                      # CHOICE: it ends the episode
             elif not done:
                 t.add_tokens(following, sampled=False)
                 still.append(row)
@@ -1036,7 +1037,7 @@ def sync_teacher(teacher, student):
 def teacher_logps(teacher, tokenizer, trajectories, skills, cfg, synced):
     """Log-probs of the sampled tokens under x + S(x): a list of (T,) tensors.
 
-    None stands where the teacher is known to equal theta_old: no skill, and weights just synced.
+    CHOICE: None, without a pass, where the teacher is theta_old: no skill, weights just synced.
     """
     teacher.eval()
     logps = [None] * len(trajectories)
@@ -1060,6 +1061,7 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
     skills: what the student itself reads, None but for skill_grpo; n_tokens: N of the whole batch,
     if other ranks hold a part of it. Neither micro-batches nor ranks change the mean.
     """
+    # CHOICE: logp_old is the plain-prompt student's, whoever acted; N counts every action token.
     # theta_old must be the policy that sampled: no dropout. transformers keeps activations in eval
     # mode, whatever it is told; load_pretrained has set dropout to 0.
     student.train(bool(cfg.gradient_checkpointing))
@@ -1119,7 +1121,8 @@ def update(student, optimizer, tokenizer, trajectories, adv, logp_teacher, skill
 
 
 def pick_tasks(levels, cfg, k):
-    """The tasks of iteration k, all different; the curriculum opens the list from its easy end."""
+    """The tasks of iteration k, all different; the curriculum opens the list from its easy end
+    (CHOICE)."""
     opened = 1.0
     if cfg.curriculum and cfg.env == "sokoban":                # AppWorld's tasks have no order
         opened = 0.25 + 0.75 * k / (cfg.curriculum * cfg.iterations)
@@ -1155,7 +1158,7 @@ def train(cfg):
     run, world = RunFolder(cfg), make_world(cfg)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95),
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95),   # CHOICE
                                   weight_decay=0.0)
     bank = SkillBank(cfg.ucb_c, cfg.bank_size)
     uses_skills, teacher_acts = cfg.skill_reader != "nobody", cfg.actor == "teacher"
