@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -551,6 +552,27 @@ def test_sampling_equals_scoring_in_every_architecture(bytes_tokenizer, name):
     assert len(recorded) > 12 and (logp[mask] - recorded).abs().max() < 1e-4
 
 
+def test_long_chunks_are_read_in_parts(tiny):
+    """Ragged chunks longer than a part: each row's log-probs are those after its own last token."""
+    model, rng = tiny[0].eval(), random.Random(0)
+    rows, forward = [[], [], [], []], skill_sd.CachedForward(model, 1.0)
+    for lengths in ((700, 40, 1300, 512), (3, 1100, 0, 513)):
+        chunks = [[rng.randrange(5, 60) for _ in range(n)] for n in lengths]
+        rows = [row + chunk for row, chunk in zip(rows, chunks)]
+        with torch.no_grad():
+            found = forward(chunks)
+            for row, chunk, logp in zip(rows, chunks, found):
+                whole = model(torch.tensor([row])).logits[0, -1].log_softmax(-1)
+                assert not chunk or (whole - logp).abs().max() < 1e-4
+
+
+def test_an_environment_needs_no_more_than_its_interface(tiny):
+    env = types.SimpleNamespace(task_id="t", system_prompt="", max_turns=1, reset=lambda: "up",
+                                step=lambda text: ("", True), completion=lambda: 0.5, close=int)
+    (t,) = rollout(*tiny, [env], Config(), generator=torch.Generator().manual_seed(0))
+    assert (t.error, t.reward, t.turns) == ("", 0.5, 1)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_same_weights_and_prompt_have_log_ratio_zero(tiny, precision):
     """Student and teacher compute alike; weights stay float32; bfloat16 is not a no-op."""
@@ -1075,7 +1097,8 @@ def test_controls_show_another_skill_or_an_empty_one():
         bank.add(task, skill)
     picked, other = bank.select("a"), bank.entries["b"][0]["skill"]
     for how, expected in (("own", picked["skill"]), ("other", other), ("empty", Skill("", "", ""))):
-        assert skill_sd.shown_skill(bank, "a", picked, Config(skill_shown=how), 3) == expected
+        for k in range(9):
+            assert skill_sd.shown_skill(bank, "a", picked, Config(skill_shown=how), k) == expected
 
 
 def test_temperature_is_tuned_on_validation_levels(tmp_path, monkeypatch):
