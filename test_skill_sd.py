@@ -2146,7 +2146,8 @@ def test_appworld_idle_server_that_died_is_replaced(appworld_env):
 def test_appworld_no_server_outlives_its_parent(how):
     """A process takes a server and is killed, fails or just ends: nothing of the server is left."""
     script = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)       # ignored in a shell's background job
 sys.path.insert(0, {str(Path(appworld_adapter.__file__).parent)!r})
 import appworld_adapter
 server = appworld_adapter.take_server()
