@@ -567,11 +567,11 @@ class Chat:
         self.has_system = before is not None
         # Its text then goes above the task; the tiny template leaves it out on purpose.
         self.fold_system = not self.has_system and tokenizer.chat_template != TINY_TEMPLATE
-        start, *parts = [before, between, opening, turn_end][not self.has_system:]
-        start = tokenizer.encode(start, add_special_tokens=False)
-        parts = [template.encode(text, add_special_tokens=False).ids for text in parts]
-        *start, self.opening, self.turn_end = start, *parts
-        self.before, self.between = start if self.has_system else ([], *start)
+        texts = [before or "", between, opening, turn_end]
+        parts = [template.encode(text, add_special_tokens=False).ids for text in texts]
+        first = 0 if self.has_system else 1    # the very start may have a blank before it
+        parts[first] = tokenizer.encode(texts[first], add_special_tokens=False)
+        self.before, self.between, self.opening, self.turn_end = parts
         # A turn may end on any eos id, and on the token that the template itself puts there, if
         # that is one which no text can make.
         self.eos_ids = {tokenizer.eos_token_id, *eos_ids} - {None}
