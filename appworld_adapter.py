@@ -25,9 +25,11 @@ get a bare environment, so that no key of yours can be printed. For a wall, use 
 A server outlives an episode, and so does what the code did to Python's own modules in it.
 """
 import atexit
+import contextlib
 import functools
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from pathlib import Path
 
 RESETS_PER_SERVER = 200    # then a fresh process: one grows by about 1 MB per reset
@@ -52,8 +55,8 @@ DOWNLOAD = ("export APPWORLD_ROOT=SOME_FOLDER && "
             "$APPWORLD_PYTHON -m appworld.cli download data --root $APPWORLD_ROOT")
 
 
-class AppWorldError(RuntimeError):
-    """The engine was lost in an episode: its score says nothing about the model; leave it out."""
+class AppWorldError(OSError):
+    """No server came up, or one was lost. Only reset() and noop_score() let it out."""
 
 
 # ---- where AppWorld is, and its tasks ------------------------------------------------------------
@@ -142,13 +145,14 @@ class Server:
                  python, "-c", SERVER, str(PRINT_CHARS)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=root,
                 env=environment, start_new_session=True)       # so that Ctrl-C is for us alone
+        _running.add(self)
         timer = threading.Timer(START_SECONDS, self.process.kill)
         timer.start()
         try:
             line = self.process.stdout.readline()       # the port, or nothing: the process ended
             if not line.strip().isdigit():
-                raise RuntimeError("no AppWorld server came up (START_SECONDS="
-                                   f"{START_SECONDS}); {self.log_tail()}")
+                raise AppWorldError("no AppWorld server came up (START_SECONDS="
+                                    f"{START_SECONDS}): {self.complaint()}; see {self.log}")
             self.port = int(line)
         except BaseException:
             self.stop()
@@ -156,37 +160,33 @@ class Server:
         finally:
             timer.cancel()
 
-    def log_tail(self):
-        """The end of the log, and what to do about it where that is known."""
-        text, remedy = self.log.read_text(errors="replace"), ""
-        if "No module named 'appworld." in text:
-            remedy = f"the code of the apps is not unpacked; run: {UNPACK}\n"
-        elif "No module named" in text:
-            remedy = f"APPWORLD_PYTHON lacks appworld or a part of it; run: {INSTALL}\n"
-        return f"{remedy}end of {self.log}:\n{text[-1500:]}"
+    def complaint(self):
+        """The last line of the log, and what to do about it where that is known."""
+        text = self.log.read_text(errors="replace").strip()
+        remedy = UNPACK if "No module named 'appworld." in text else INSTALL
+        return text.rpartition("\n")[2] + f"; run: {remedy}" * ("No module named" in text)
 
     def post(self, path, seconds, body):
         """What the model wrote travels as JSON, never as part of a command or a URL."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
-        what = f"AppWorld lost: /{path} on {body['task_id']}:"
         try:
             connection.request("POST", f"/{path}", json.dumps(body),
                                {"Content-Type": "application/json"})
             response = connection.getresponse()
             answer = response.read(ANSWER_BYTES + 1)
-        except TimeoutError as error:
-            raise AppWorldError(f"{what} no answer in {seconds} s (a busy machine, or a block that "
-                                "swallows the engine's timeout)") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise AppWorldError(f"{what} the server died ({error!r}); {self.log_tail()}") from error
+            if response.status == 200 and len(answer) <= ANSWER_BYTES:
+                return json.loads(answer)["output"]
+            why = f"HTTP {response.status}, {len(answer)} bytes (at most {ANSWER_BYTES})"
+        except TimeoutError:
+            why = f"no answer in {seconds} s (a busy machine, or code that swallows its timeout)"
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            why = f"the server died or talks nonsense ({error!r})"
         finally:
             connection.close()
-        if response.status != 200 or len(answer) > ANSWER_BYTES:
-            raise AppWorldError(f"{what} HTTP {response.status} with {len(answer)} bytes (at most "
-                                f"{ANSWER_BYTES}); {self.log_tail()}")
-        return json.loads(answer)["output"]
+        raise AppWorldError(f"AppWorld lost: /{path} on {body['task_id']}: {why}; see {self.log}")
 
     def stop(self):
+        _running.discard(self)
         self.process.stdin.close()          # the watcher kills the group
         self.process.kill()                 # also when the watcher is gone
         self.process.wait()
@@ -194,47 +194,30 @@ class Server:
         shutil.rmtree(self.folder / "tasks", ignore_errors=True)
 
 
-_idle = []                  # servers without a world
-_running = set()            # all servers
-_lock = threading.Lock()    # worlds start, step and end in several threads
+# Servers without a world; all servers. Threads share them: every use is one (atomic) operation.
+_idle, _running = [], set()
 
 
 def take_server():
-    with _lock:
-        server = _idle.pop() if _idle else None
-    if server is not None and server.process.poll() is not None:
-        drop_server(server)
-        server = None
-    if server is None:
-        server = Server()
-        with _lock:
-            _running.add(server)
-    server.resets += 1
-    return server
+    try:
+        return _idle.pop()
+    except IndexError:
+        return Server()
 
 
 def give_back(server):
+    server.resets += 1
     if server.resets >= RESETS_PER_SERVER:
-        drop_server(server)
+        server.stop()
     else:
-        with _lock:
-            _idle.append(server)
-
-
-def drop_server(server):
-    with _lock:
-        _running.discard(server)
-    server.stop()
+        _idle.append(server)
 
 
 @atexit.register
 def stop_servers():
     """End all servers now (open worlds are lost); the next reset starts a new one."""
-    with _lock:
-        servers = list(_running)
-        _running.clear()
-        _idle.clear()
-    for server in servers:
+    _idle.clear()
+    for server in list(_running):
         server.stop()
 
 
@@ -267,7 +250,7 @@ FIRST_ONLY = "[The answer has {n} code blocks; only the first was run.]\n"
 # Fences stand at the start of a line, so that code may hold one inside a string. A block that the
 # end of the answer cuts off is none: half of it could do harm.
 BLOCK = re.compile(r"^```python[ \t\r]*\n(.*?)^```[ \t\r]*$", re.DOTALL | re.MULTILINE)
-COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "failed_status")
+COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "failed_status", "lost")
 
 
 def cut(text, max_chars):
@@ -286,7 +269,8 @@ class AppWorldEnv:
     Every answer is a turn, also one that runs nothing. `counts` says what went wrong in the
     episode: answers with no_block, several_blocks (the first is run) or a syntax_error; blocks
     that ran into a timeout; outputs that were cut; failed_status: the model gave up (the tests
-    decide all the same what was completed). AppWorldError: the server was lost and is replaced.
+    decide all the same what was completed); lost: 1 if the server died, hung or answered nonsense.
+    A lost episode is over and its completion() is nan: leave it out, it has no score.
     """
     concurrent = True              # worlds may step in threads: each has its own process
     system_prompt = SYSTEM_PROMPT
@@ -306,34 +290,43 @@ class AppWorldEnv:
         self._server, self._completion, self._over, self._turns = None, None, True, 0
 
     def reset(self):
+        """The first message. AppWorldError if no server comes up, or a new one fails at once."""
         self.close()
-        self.counts = dict.fromkeys(COUNTED, 0)
-        self._server = take_server()
-        self._completion, self._over, self._turns = None, False, 0
-        world = self._ask("initialize", timeout_seconds=self.timeout_s,     # names must be unique
-                          experiment_name=f"skill_sd/{self._server.folder.name}")
+        self.counts, self._completion = dict.fromkeys(COUNTED, 0), None
+        server = self._server = take_server()
+        self._over, self._turns = False, 0
+        try:
+            world = self._ask("initialize", timeout_seconds=self.timeout_s,     # a name of its own
+                              experiment_name=f"skill_sd/{server.folder.name}")
+        except AppWorldError:
+            if not server.resets:
+                raise
+            return self.reset()    # it died since, or an earlier episode's code has damaged it
         return FIRST_MESSAGE.format(**world["supervisor"], datetime=world["datetime"],
                                     instruction=world["instruction"], max_turns=self.max_turns)
 
     def step(self, response):
+        """(text, done). If the server is lost, the text says how in one line and done is True."""
         if self._over:
             raise RuntimeError(f"step on {self.task_id}: no open episode; call reset() first")
         self._turns += 1
         self._completion = None
         blocks, completed, observation = BLOCK.findall(response), False, NO_BLOCK
         self.counts["no_block"] += not blocks
-        if blocks:
-            observation = self._run(blocks[0])
-            completed = self._ask("task_completed")
-        if len(blocks) > 1:
-            self.counts["several_blocks"] += 1
-            observation = FIRST_ONLY.format(n=len(blocks)) + observation
-        if completed:
-            status = "print(apis.supervisor.show_active_task()['status'])"
-            self.counts["failed_status"] += self._ask("execute", code=status).strip() == "fail"
-        self._over = completed or self._turns >= self.max_turns
-        if self._over:
-            self.completion()
+        self.counts["several_blocks"] += len(blocks) > 1
+        try:
+            if blocks:
+                note = FIRST_ONLY.format(n=len(blocks)) if len(blocks) > 1 else ""
+                observation = note + self._run(blocks[0])
+                completed = self._ask("task_completed")
+            if completed:
+                status = "print(apis.supervisor.show_active_task()['status'])"
+                self.counts["failed_status"] += self._ask("execute", code=status).strip() == "fail"
+            if completed or self._turns >= self.max_turns:
+                self._score()
+                self._over = True
+        except AppWorldError as error:
+            return f"[{error}]", True
         return observation, self._over
 
     def _run(self, code):
@@ -348,30 +341,47 @@ class AppWorldEnv:
 
     def completion(self):
         """Tests passed / tests; 1.0 is success. Doing nothing does not score 0: noop_score."""
-        if self._completion is None:
-            if self._server is None:
-                raise RuntimeError(f"completion of {self.task_id}: no episode, or one that was "
-                                   "lost; call reset() and play one")
-            result = self._ask("evaluate", suppress_errors=True)
-            self._completion = len(result["passes"]) / result["num_tests"]
+        if self._completion is None and self._server is None:
+            raise RuntimeError(f"completion of {self.task_id}: no episode; call reset() first")
+        with contextlib.suppress(AppWorldError):       # it is nan then
+            self._score()
         return self._completion
 
     def close(self):
         """Score an open episode, so that completion() can still be asked; free the server."""
         if self._server is not None:
-            self.completion()
-            self._ask("close")
-            give_back(self._server)
+            with contextlib.suppress(AppWorldError):
+                self._score()
+                self._ask("close")
+                give_back(self._server)
             self._server, self._over = None, True
+
+    def _score(self):
+        if self._completion is None:
+            result = self._ask("evaluate", suppress_errors=True)
+            self._completion = len(result["passes"]) / result["num_tests"]
 
     def _ask(self, path, seconds=None, **body):
         try:
             body["task_id"] = self.task_id
             return self._server.post(path, seconds or REQUEST_SECONDS, body)
         except BaseException:      # Ctrl-C too: the server is busy with what nobody waits for
-            drop_server(self._server)
-            self._server, self._completion, self._over = None, None, True
+            self._server.stop()
+            if not self._over:     # an episode that has ended keeps its score
+                self._completion, self.counts["lost"] = math.nan, 1
+            self._server, self._over = None, True
             raise
+
+
+def make_world(cfg):
+    """The world of skill_sd.py: train and heldout, the ids of the train and dev split, make_env(id)
+    and no levels. ValueError if an iteration asks for more tasks than there are."""
+    train = task_ids("train")
+    if cfg.tasks_per_iteration > len(train):
+        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be at most the "
+                         f"{len(train)} tasks of the train split")
+    return types.SimpleNamespace(train=train, heldout=task_ids("dev"), levels=[],
+                                 make_env=lambda task_id: AppWorldEnv(task_id, cfg.max_turns))
 
 
 @functools.lru_cache(maxsize=None)
@@ -380,6 +390,8 @@ def noop_score(task_id):
     env = AppWorldEnv(task_id)
     env.reset()
     env.close()
+    if env.counts["lost"]:         # raised, so that the cache does not keep it
+        raise AppWorldError(f"noop_score of {task_id}: the server was lost; try again")
     return env.completion()
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Sokoban for language-model agents: rules, levels, solver, text, demonstrations, the analyst.
+"""Sokoban for language-model agents: rules, levels, solver, text, the analyst, a small player.
 
-Standard library only. Everything an agent meets is text: a room with one glyph per cell, the same
-as lists of cell names, one move per answer. Levels are read and written in the standard XSB text:
+The world needs the standard library only; torch and transformers are imported where the player, a
+tiny language model, is made. Everything an agent meets is text: a room with one glyph per cell, the
+same as lists of cell names, one move per answer. Levels are read and written as XSB text:
 
     #  wall     _ or - or space  floor     .  goal
     $  box      *  box on a goal           @  player     +  player on a goal
@@ -16,11 +17,14 @@ and a bit mask over cell indices (row * width + column).
 """
 import argparse
 import hashlib
+import math
+import os
 import random
 import re
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 MOVES = ("up", "down", "left", "right")      # the order of every table below
 LETTERS = "UDLR"
@@ -349,6 +353,11 @@ def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude
     return levels
 
 
+def derived_seed(*parts):
+    """A 63-bit seed from whole numbers and words; the same in every process, unlike hash()."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
 # -------------------------------------------------------------------------------- environment
 
 SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
@@ -431,6 +440,30 @@ class SokobanEnv:
 
     def close(self):
         """Nothing to give back: the world lives in this object."""
+
+
+def make_world(cfg):
+    """An object with train and heldout, ids of tasks, the easiest first; make_env(id), and levels.
+
+    Training, validation and test levels (cfg.split says which are held out) are disjoint up to
+    rotation and reflection. cfg.seed changes the training levels only. ValueError if an iteration
+    asks for more tasks than there are.
+    """
+    if cfg.tasks_per_iteration > cfg.train_levels:
+        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be at most "
+                         f"train_levels={cfg.train_levels}")
+    sets, levels = {}, []
+    for name, n, seed in (("test", cfg.test_levels, 0), ("val", cfg.test_levels, 0),
+                          ("train", cfg.train_levels, cfg.seed)):
+        sets[name] = generate_levels(n, derived_seed(name, seed), cfg.size, cfg.boxes,
+                                     cfg.min_moves, cfg.max_moves, exclude=levels)
+        levels = levels + sets[name]
+    by_id = {level.task_id: level for level in levels}
+    train = sorted(sets["train"], key=lambda level: level.moves)
+    return SimpleNamespace(
+        train=[level.task_id for level in train], levels=levels,
+        heldout=[level.task_id for level in sets[cfg.split]],
+        make_env=lambda task_id: SokobanEnv(by_id[task_id], cfg.max_turns))
 
 
 # ---------------------------------------------------- the analyst, and demonstrations to learn from
@@ -568,6 +601,109 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
             messages, probs = play_as(env, table, rng, timid, earlier)
             demos.append((messages, probs, analyse(earlier) if earlier else None))
     return demos
+
+
+# ------------------------------------------------- the player of the demo: a tiny language model
+
+PLAYER_VERSION = 1               # to be raised with every change that a warm start depends on
+# Chosen on validation levels: games per step, peak learning rate, and of the player who is cloned
+# the share of timid moves and of games in which he has notes.
+WARM = dict(batch=32, lr=3e-3, timid=0.5, noted=0.6)
+
+# It has no system prompt: rules in English would only be unknown words to it.
+TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
+                 "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
+                 "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def tiny_tokenizer(size, skill_text):
+    """A word-level tokenizer for the demo's texts. Of a room it reads the lists of cells; the map
+    above them shows nothing else and takes a small model longer to learn to read."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    texts = [skill_text, NO_MOVE, BLOCKED, *MOVES, "Walls Goals Boxes Player none seen yet pushed "
+             "a box to where it is stuck boxes on goals in moves of at"]
+    words = [word for text in texts for word in re.findall(r"\w+", text)]
+    cells = [f"{chr(ord('a') + c)}{r + 1}" for r in range(size) for c in range(size)]
+    vocab = dict.fromkeys(control + words + cells + [str(n) for n in range(100)])
+    ids = {word: i for i, word in enumerate(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"^#.*$"), "")                  # the map
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
+        additional_special_tokens=control[2:4], chat_template=TINY_TEMPLATE)
+
+
+def tiny_model(tokenizer, seed):
+    """A stock Llama of 0.16 million parameters with fresh weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(derived_seed(seed, "tiny"))
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            initializer_range=0.1,             # with the usual 0.02 so narrow a model hardly starts
+            tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
+
+
+def player_folder(cfg, skill_text):
+    """Where the warm start of these settings is kept: named by all that it depends on."""
+    names = ("seed size boxes min_moves max_moves max_turns train_levels test_levels "
+             "warm_demos").split()
+    key = repr([PLAYER_VERSION, skill_text, WARM, *(getattr(cfg, name) for name in names)])
+    return Path(cfg.out) / f"warm-start-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def warm_start(folder, cfg, skill_text, exclude):
+    """Clone a player who is shy of boxes, and less so with notes, which stand where a skill will.
+
+    The targets are the player's own move probabilities (see play_as), in rooms that no level of
+    `exclude` has. Writes model and tokenizer to the folder, which is whole or absent.
+    """
+    import torch
+    from tqdm import tqdm
+    tokenizer = tiny_tokenizer(cfg.size, skill_text)
+    model = tiny_model(tokenizer, cfg.seed)
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    data = []                                                  # (ids, probs of each move)
+    demos = demonstrations(cfg.warm_demos, derived_seed(cfg.seed, "demos"), cfg.size, cfg.boxes,
+                           cfg.max_moves, cfg.max_turns, exclude, WARM["timid"], WARM["noted"])
+    for messages, probs, notes in tqdm(demos, "demonstrations", disable=None):
+        shown = skill_text.format(**notes) + "\n\n" if notes else ""
+        first = dict(role="user", content=shown + messages[0]["content"])
+        text = tokenizer.apply_chat_template(                  # the last move is only a target
+            [first, *messages[1:2 * len(probs) - 1]], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        data.append((ids, probs))
+    rng, batches = random.Random(derived_seed(cfg.seed, "warm")), []
+    for start in range(0, len(data), 50 * WARM["batch"]):     # similar lengths: less padding
+        window = sorted(data[start:start + 50 * WARM["batch"]], key=lambda game: len(game[0]))
+        window = [window[i:i + WARM["batch"]] for i in range(0, len(window), WARM["batch"])]
+        batches += rng.sample(window, len(window))
+    moves = tokenizer.convert_tokens_to_ids(list(MOVES))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    for step, batch in enumerate(tqdm(batches, "warm start", disable=None)):
+        done = (step + 1) / len(batches)                       # rise for a tenth, then a cosine
+        for group in optimizer.param_groups:
+            group["lr"] = WARM["lr"] * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
+        longest = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])       # (B, L)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logp = model.lm_head(hidden[ids == assistant]).log_softmax(-1)[:, moves]     # (turns, 4)
+        loss = -(torch.tensor(sum((probs for _, probs in batch), [])) * logp).sum(-1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if not folder.exists():                    # else another run was as quick
+        os.replace(part, folder)
 
 
 # ----------------------------------------------------------------------------- play in a terminal
