@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Skill-SD in one file: skill-conditioned self-distillation for multi-turn LLM agents.
+"""Skill-SD in one file, to be read beside the paper: https://arxiv.org/abs/2604.10674
 
-Written from the paper, to be read beside it: arXiv 2604.10674, https://arxiv.org/abs/2604.10674
-
-A student plays tasks over many turns with a plain prompt. Each finished trajectory can be written
-up as a short skill. A UCB bandit picks one skill per task; only the teacher - the same network,
-synchronised every iteration - reads it, and re-scores the tokens that the student sampled. The
-student is trained by GRPO's reward loss plus an importance-weighted reverse KL to that teacher.
+Skill-conditioned self-distillation for LLM agents. A student plays tasks over many turns with a
+plain prompt. Each finished trajectory can be written up as a short skill. A UCB bandit picks one
+skill per task; only the teacher - the same network, synchronised every iteration - reads it, and
+re-scores the tokens that the student sampled. The student is trained by GRPO's reward loss plus an
+importance-weighted reverse KL to that teacher.
 
     in the paper                     in this file                       checked by test_skill_sd.py
-    x, S(x), B(x); UCB               task (text), skill, SkillBank      test_ucb_by_hand
+    x, S(x), B(x); UCB               task, skill, SkillBank             test_ucb_by_hand
     pi(. | x), pi(. | x + S(x))      Chat.prompt                        test_teacher_sees_skill_only
-    y_t, y_<t of tau_1 .. tau_G      ids, mask of a Trajectory          test_rescoring_*
+    y_t, y_<t of tau_1 .. tau_G      ids, mask of a Trajectory t        test_rescoring_*
     theta, theta_old; theta-bar      student, logp_old; teacher         test_sync_teacher
     R_i, A_i; L_GRPO, Eq. 10         group_advantages; grpo_loss        test_advantages_*, _grpo_*
     l_it, rho_it; L_SDL, Eq. 11-13   log_ratio, rho; sdl_loss           test_sdl_*
@@ -23,9 +22,8 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
 
-The method ends with `train`; below it stands what runs it: processes, files, models, the command
-line. CHOICE marks a value that the paper does not give, DEVIATION a difference on purpose; defaults
-that are not the paper's name the paper's. "Needs:" tells what a copied piece takes along.
+The method ends with `train`. CHOICE marks what the paper leaves open, DEVIATION a difference on
+purpose; comments give the paper's value where it differs. "Needs:" lists what to copy along.
 """
 import argparse
 import copy
@@ -72,7 +70,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: cuda if there is one
     save_every: int = 10             # iterations between checkpoints
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
-    # -- the method
+    # -- the method, and its skills
     group_size: int = 8              # G, rollouts per task                             CHOICE
     tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
     iterations: int = 60             # iterations; the paper runs 180 on Sokoban
@@ -88,7 +86,6 @@ class Config:
     lr: float = 1e-3                 # of Adam; 1e-6 is usual for billions of weights     CHOICE
     max_grad_norm: float = 1.0       # gradients are clipped to this norm               CHOICE
     temperature: float = 1.0         # of sampling and of scoring alike                 CHOICE
-    # -- skills
     summarizer: str = "rules"        # rules (Sokoban's analyst), self, or http://HOST/v1
     summarizer_model: str = ""       # the model to ask for there; key in OPENAI_API_KEY
     summary_tokens: int = 400        # longest answer of a summarizing language model   CHOICE
@@ -101,7 +98,7 @@ class Config:
     boxes: int = 1                   # boxes per room; the paper has 2
     min_moves: int = 3               # shortest optimal solution                        CHOICE
     max_moves: int = 8               # longest optimal solution                         CHOICE
-    max_turns: int = 12              # moves per episode; the paper allows 40
+    max_turns: int = 12              # answers per episode, here moves; the paper allows 40
     train_levels: int = 256          # training levels; the paper has 96
     test_levels: int = 512           # held-out levels; the paper uses 64
     curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
@@ -110,26 +107,27 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"  # of rollout and scoring alike
     gradient_checkpointing: Literal[0, 1] = 0         # 1: less memory, each layer computed twice
     prefill: str = ""                # every answer begins with this, for student and teacher
-    max_new_tokens: int = 1          # longest answer, in tokens; the tiny model answers one word
-    max_context: int = 1024          # longest conversation, in tokens; longer ones are truncated
+    max_new_tokens: int = 1          # longest answer in tokens; tiny answers one word  CHOICE
+    max_context: int = 1024          # longest conversation in tokens; past it: cut     CHOICE
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
     warm_demos: int = 32000          # games that the embedded model's warm start learns from
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = type(value) is int and name not in (       # 1 for counts, else 0
-                "seed", "iterations", "sync_every", "gradient_checkpointing")
+            least = int(type(value) is int and name not in (   # 1 for counts, else 0
+                "seed", "iterations", "sync_every", "gradient_checkpointing"))
             if not isinstance(value, str) and not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be {int(least)} or more, and finite")
+                raise ValueError(f"{name}={value}: must be {least} or more, and finite")
         served = self.summarizer.startswith("http")
-        known = served or self.summarizer in ("self", *["rules"] * (self.env == "sokoban_env"))
+        known = served or self.summarizer == "self" or (
+            self.summarizer == "rules" and self.env == "sokoban_env")
         for name, wrong, right in (
                 ("group_size", self.group_size < 2 and self.reward_weight, "one has no advantage"),
                 ("temperature", not self.temperature, "must be above 0"),
                 ("tasks_per_iteration", self.tasks_per_iteration % RANKS, f"a multiple of {RANKS}"),
-                ("actor", self.actor == "teacher" and self.skill_reader != "teacher",
-                 "a teacher that acts must be the one that reads the skill"),
+                ("skill_reader", self.skill_reader != "teacher" and (self.actor == "teacher" or
+                 self.lam), "a teacher that acts or distils (lam above 0) must read the skill"),
                 ("summarizer", not known, "self, a server http://HOST/v1, or for Sokoban rules"),
                 ("summarizer_model", served and not self.summarizer_model, "one of the server's")):
             if wrong:
@@ -216,9 +214,9 @@ class SkillBank:
     """Skills by task, picked by UCB. Needs: math, dataclasses, and Skill to load a state.
     entries: {task_id: [entry, ...]}, oldest first; an entry is a dict with `skill`, `picks` n(e),
     `reward_sum`, and `source_reward`, the completion of the trajectory it was written from. CHOICE:
-    see `wants`, for if every skill entered, "untried first" would always win and UCB never decide;
-    equal texts are one skill; a full bank drops its worst tried entry. The student never sees the
-    skill: the reward credited to it was earned before it could act. The statistic lags."""
+    ask `wants` before `add`: if every skill entered, "untried first" would always win and UCB never
+    decide; equal texts are one skill; a full bank drops its worst tried entry. In skill_sd the
+    student never sees the skill: its credit was earned before it could act. The statistic lags."""
 
     def __init__(self, c, size=4):
         self.c, self.size, self.entries = c, size, {}
@@ -285,8 +283,8 @@ class Chat:
         # Texts before system, user, (an old answer), the next user text after it, the next answer.
         self.before, self.between, _, self.after_answer, generation_prompt = pieces
         self.opening = generation_prompt + prefill
-        added = tokenizer.get_added_vocab()    # some are runs of blanks, which forge nothing
-        names = [re.escape(token) for token in added if len(token.strip(" \t\r\n\u2581")) > 1]
+        added = tokenizer.get_added_vocab()    # some are runs of blanks, which are harmless
+        names = [re.escape(t) for t in (token.strip(" \t\r\n\u2581") for token in added) if t[1:]]
         self.control = re.compile("|".join(names) or "(?!)")
         self.n_letter = len(self.backend.encode("a", add_special_tokens=False).ids)
         # The template's own end-of-turn token ends an answer, too, if it is a control token.
@@ -303,21 +301,21 @@ class Chat:
         except Exception as error:             # a template may raise anything
             reason = error
         pieces, every = re.split("|".join(marks), text), re.findall("|".join(marks), text)
-        # The generation prompt may extend an old answer's header, by <think> say.
+        # The generation prompt may extend an old answer's header, e.g. by <think>.
         if every != marks or not pieces[-1].strip().startswith(pieces[-3].strip()):
             raise ValueError(f"model={self.tokenizer.name_or_path!r}: its chat template does not "
                              f"repeat one form for every turn ({reason}); use a model whose does")
         return pieces
 
     def clean(self, text):
-        """The text with a blank inside each control token, so that it can forge no turn."""
+        """The text with a blank inside each control token, so that it can inject no turn."""
         text = text.encode("utf-8", "replace").decode()        # a lone surrogate has no encoding
         while self.control.search(text):
             text = self.control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
         return text
 
     def encode(self, text):
-        """Ids of text in mid-conversation, behind a letter: some tokenizers begin with a blank."""
+        """Ids of text in mid-conversation, after a letter: some tokenizers prepend a blank."""
         return self.backend.encode("a" + text, add_special_tokens=False).ids[self.n_letter:]
 
     def prompt(self, system, task, skill=None):
@@ -325,7 +323,7 @@ class Chat:
         before, notes = self.between, ""
         if self.before is not None:
             before = self.before + self.clean(system) + self.between
-        elif self.tokenizer.chat_template != sokoban_env.TINY_TEMPLATE:    # it knows no such words
+        elif self.tokenizer.chat_template != sokoban_env.TINY_TEMPLATE:    # has no such words
             before = self.between + self.clean(system) + "\n\n"
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**dataclasses.asdict(skill)))
@@ -376,8 +374,8 @@ class KeyValueCache(DynamicCache):
 
 class Decoder:
     """Next-token log-probs for rows of ragged conversations that grow on one KV cache. Each call
-    appends one chunk per row. Chunks are padded on the left; `real` (B, slots) says which slots of
-    the cache hold a token, and its running sum at which position each token stands."""
+    appends one chunk per row, padded on the left. `real` (B, slots) is 1 where a slot of the cache
+    holds a token; its cumulative sum gives the token's position."""
 
     def __init__(self, model, cfg):
         self.model, self.temperature, self.real = model, cfg.temperature, None
@@ -404,14 +402,14 @@ class Decoder:
         ids, real = (torch.tensor(rows, device=self.model.device) for rows in (     # (B, L) each
             [[0] * (longest - len(c)) + [*c] for c in chunks],
             [[0] * (longest - len(c)) + [1] * len(c) for c in chunks]))
-        for ids, real in zip(ids.split(512, 1), real.split(512, 1)):     # a mask is chunk x slots
-            self.real = torch.cat([self.real, real], 1)
-            positions = (self.real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        for part, seen in zip(ids.split(512, 1), real.split(512, 1)):    # bounds the mask's size
+            self.real = torch.cat([self.real, seen], 1)
+            positions = (self.real.cumsum(1) - 1).clamp(min=0)[:, -part.shape[1]:]
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
                 logits = self.model(
-                    input_ids=ids, position_ids=positions, attention_mask=self.real, use_cache=True,
-                    logits_to_keep=1, **{self.keyword: self.cache}).logits[:, -1].float()
-        return F.log_softmax(logits / self.temperature, dim=-1)      # (B, V)
+                    input_ids=part, position_ids=positions, attention_mask=self.real,
+                    use_cache=True, logits_to_keep=1, **{self.keyword: self.cache}).logits[:, -1]
+        return F.log_softmax(logits.float() / self.temperature, dim=-1)      # (B, V)
 
     def keep(self, rows):
         """Go on with these rows only; a row may be taken more than once."""
@@ -443,8 +441,8 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     model samples from its full softmax at cfg.temperature, or takes the likeliest token (`greedy`);
     envs: objects with task_id, system_prompt, reset() -> str, step(text) -> (str, done),
     completion() -> [0, 1] or nan for an episode that was lost, and close(); skills: one Skill or
-    None per environment, which the model reads only if cfg says so; generator: a torch.Generator on
-    the model's device. Returns a list[Trajectory] in the order of `envs`."""
+    None per environment, read if cfg.actor is teacher or cfg.skill_reader is student; generator: a
+    torch.Generator on the model's device. Returns a list[Trajectory] in the order of `envs`."""
     skills, n = skills or [None] * len(envs), cfg.rollout_batch
     if len(envs) > n:
         parts = [(envs[i:i + n], cfg, skills[i:i + n]) for i in range(0, len(envs), n)]
@@ -453,10 +451,11 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     model.eval()
     chat, decoder = Chat(tokenizer, cfg.prefill, cfg.max_skill_tokens), Decoder(model, cfg)
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
-    limit = cfg.max_context - cfg.max_skill_tokens - 2 - cfg.max_new_tokens      # for both prompts
+    limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # + 2: "\n\n"
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
-    threads = any(getattr(env, "concurrent", False) for env in envs)     # that wait for a server
-    run = ThreadPoolExecutor(len(envs)).map if threads else map
+    threads = any(getattr(env, "concurrent", False) for env in envs)     # they wait for a server
+    run = ThreadPoolExecutor(len(envs)).map if threads else (
+        lambda call, *rows: [call(*row) for row in zip(*rows)])
     trajectories, playing, chunks = [], [], []
     for env, task, skill in zip(envs, run(lambda env: env.reset(), envs), skills):
         prompts = [chat.prompt(env.system_prompt, task, shown) for shown in (None, skill)]
@@ -470,7 +469,8 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             chunks.append(prompts[reads_skill])                # x or x + S(x)
     while playing:
         answers = sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy)
-        texts = [cfg.prefill + tokenizer.decode(y, skip_special_tokens=True) for y, _ in answers]
+        texts = [cfg.prefill + tokenizer.decode(
+            y, skip_special_tokens=True, clean_up_tokenization_spaces=False) for y, _ in answers]
         steps = run(lambda pair, text: pair[1].step(text), playing, texts)
         still, chunks = [], []
         for row, ((t, env), (ids, logps), (observation, done)) in enumerate(
@@ -527,7 +527,7 @@ def response_logps(model, trajectories, cfg, with_skill=False):
 
 
 def micro_batches(trajectories, max_tokens):
-    """Lists of trajectories, similar lengths together: at most max_tokens when padded."""
+    """Lists of trajectories of similar length: at most max_tokens when padded, or one alone."""
     batches = [[]]
     for t in sorted(trajectories, key=lambda t: len(t.skill_prompt + t.ids)):
         if (len(batches[-1]) + 1) * len(t.skill_prompt + t.ids) > max_tokens and batches[-1]:
@@ -558,10 +558,10 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), a scalar. No KL to a reference.
-    logp_student, logp_old, mask: (B, T); adv: (B,). Padding may hold anything finite. Needs:
+    logp_student, logp_old, mask: (B, T); adv: (B,). Padding may hold anything. Needs:
     torch, masked_mean."""
     mask = mask.bool()
-    # Eq. 10: -1/N sum min(r A, clip(r) A), r = pi_theta(y) / pi_theta_old(y)
+    # Eq. 10: r = pi_theta(y) / pi_theta_old(y)
     ratio = torch.where(mask, logp_student - logp_old, 0.0).exp()        # (B, T)
     adv = adv[:, None]                                                   # (B, 1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -569,13 +569,13 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
 
 
 def sdl_loss(logp_student, logp_teacher, logp_old, mask):
-    """1/N sum rho * (exp(-l) - 1 + l), a scalar: the importance-weighted reverse KL to the teacher.
-    All (B, T); logp_teacher and logp_old are constants; padding may hold anything finite. With
+    """1/N sum rho * k3, k3 = exp(-l) - 1 + l: the importance-weighted reverse KL to the teacher.
+    All (B, T); no gradient flows to logp_teacher and logp_old; padding may hold anything. With
     tokens sampled by pi_old, the expected gradient at a fixed prefix is that of KL(student ||
-    teacher), for every theta. rho is differentiated, too: d/dlogp of rho * k3 is rho * l.
-    Value in float64, since exp(-l) soon leaves float32's range. Needs: torch, masked_mean.
-    Three tokens of log-prob -1 at theta = theta_old, to the teacher 0, -1 and -2: l = -1, 0 and 1,
-    the loss (0.718 + 0 + 0.368) / 3, its gradient [-1/3, 0, 1/3]: the first is made likelier."""
+    teacher), for every theta. rho is differentiated, too: d/dlogp_student of rho * k3 is rho * l.
+    A float64 scalar, since exp(-l) soon leaves float32's range. Needs: torch, masked_mean.
+    Three tokens with rho = 1 and l = -1, 0, 1: the loss is (0.718 + 0 + 0.368) / 3, its gradient
+    by logp_student [-1/3, 0, 1/3]: descent makes the first likelier."""
     mask = mask.bool()
     p, q, old = (x.detach().double() for x in (logp_student, logp_teacher, logp_old))
     # Eq. 11: l = log pi_student - log pi_teacher
@@ -611,8 +611,8 @@ def score_as_teacher(teacher, batch, cfg, synced):
 def update(student, optimizer, batch, cfg):
     """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over trajectories that carry adv and
     logp_teacher. N is that of the whole batch, of all processes. Returns metrics of the last step
-    (entropy: -log p of the sampled tokens); FloatingPointError before one that is not finite."""
-    student.train(bool(cfg.gradient_checkpointing))            # which needs it; dropout is 0
+    (entropy: -log p of the sampled tokens). FloatingPointError if that would not be finite."""
+    student.train(bool(cfg.gradient_checkpointing))            # needs train mode; dropout is 0
     n_tokens = all_sum(torch.tensor(float(sum(sum(t.mask) for t in batch)), device=student.device))
     names = "pg_loss sdl_loss log_ratio rho_minus_1 clip_fraction entropy".split()
     for epoch in range(cfg.updates_per_iteration):
@@ -620,8 +620,9 @@ def update(student, optimizer, batch, cfg):
         totals = torch.zeros(len(names), dtype=torch.float64, device=student.device)
         for part in micro_batches(batch, cfg.micro_batch_tokens):
             logp, mask = response_logps(student, part, cfg, cfg.skill_reader == "student")
-            for t, row, used in zip(part, logp.detach(), mask) if epoch == 0 else ():
-                t.logp_old = row[used]         # theta is theta_old still. CHOICE: whoever acted
+            if epoch == 0:                     # CHOICE: theta_old's, scored here, whoever acted
+                for t, row, used in zip(part, logp.detach(), mask):
+                    t.logp_old = row[used]
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
             zeros = torch.zeros_like(logp)                                           # (B, T)
             old = zeros.masked_scatter(mask, torch.cat([t.logp_old for t in part]))
@@ -629,7 +630,7 @@ def update(student, optimizer, batch, cfg):
                 t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
             pg = grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high)
             sdl = sdl_loss(logp, teacher, old, mask)
-            share = mask.sum() / n_tokens
+            share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
             # Eq. 14: L = L_GRPO + lambda * L_SDL
             (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
             ratio = (logp.detach() - old).exp()
@@ -644,7 +645,7 @@ def update(student, optimizer, batch, cfg):
         if not math.isfinite(grad_norm + sum(sums.values())):
             raise FloatingPointError(f"gradient norm {grad_norm}, {sums}; try a smaller lr or lam")
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)      # room for what is played next
+    optimizer.zero_grad(set_to_none=True)      # free them for the next rollout
     metrics = sums | dict(grad_norm=grad_norm, action_tokens=n_tokens.item())
     if cfg.actor == "student":                 # sampling against scoring
         gaps = [(t.logp_old.cpu() - torch.tensor(t.logps)).abs().max().item() for t in batch]
@@ -661,14 +662,13 @@ def pick_tasks(tasks, cfg, k):
 
 
 def shown_skill(bank, task_id, entry, cfg, k):
-    """S(x); in the controls another task's at random (its own if no other has one), or empty."""
+    """S(x). Controls: a random skill of another task (its own if none), or an empty one."""
     others = [e for task, entries in bank.entries.items() if task != task_id for e in entries]
     if entry and cfg.skill_shown == "other":
         entry = random.Random(derived_seed(cfg.seed, "other", k, task_id)).choice(others or [entry])
     return entry and (Skill("", "", "") if cfg.skill_shown == "empty" else entry["skill"])
 
 
-# Methods differ by settings alone; one loop runs them all.
 METHODS = {
     "base": dict(iterations=0),                                    # untrained
     "skill_sd": {},
@@ -684,10 +684,11 @@ METHODS = {
 
 
 def train(cfg):
-    """The paper's algorithm. Returns what `evaluate` finds of the trained student."""
-    folder, world = run_folder(cfg), __import__(cfg.env).make_world(cfg)
+    """The algorithm, for all METHODS, which differ by settings alone. Returns evaluate's result."""
+    folder = run_folder(cfg)
     if (folder / "result.json").exists():      # finished before
         return json.loads((folder / "result.json").read_text())
+    world = __import__(cfg.env).make_world(cfg)                # has train, heldout, make_env(id)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95))    # CHOICE
@@ -704,7 +705,7 @@ def train(cfg):
             sync_teacher(teacher, student)
 
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
-        tasks = pick_tasks(world.train, cfg, k)                # ids, as in the bank
+        tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
         held = [bank.entries[task] for task in tasks if picks[task]]  # for the log: UCB's own picks
         decided = [len(entries) > 1 and all(e["picks"] for e in entries) for entries in held]
@@ -715,7 +716,7 @@ def train(cfg):
                            [skills[task] for task in rows], generator)
         times.append(time.perf_counter())
 
-        # 3. rewards, group advantages; an episode that was lost is left out
+        # 3. rewards, group advantages. CHOICE: a lost episode (nan) counts nowhere, not in N
         adv = group_advantages([t.reward for t in episodes], cfg.group_size)
         for t, a in zip(episodes, adv.tolist()):
             t.adv = a
@@ -797,7 +798,7 @@ def run_folder(cfg):
 
 
 def write(path, data):
-    """Written beside and moved into place: a file is whole or absent. The first process writes."""
+    """Replace a file by a finished temporary one: it is whole or absent. Process 0 writes."""
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -806,8 +807,7 @@ def write(path, data):
 
 
 def load(folder, student, teacher, optimizer, bank):
-    """Restore the checkpoint, if there is one; random draws have no state, they are derived from
-    seed and iteration. Returns the lines of the log."""
+    """Restore the checkpoint, if there is one. Returns the lines of its log."""
     if not (folder / "checkpoint.pt").exists():
         return []
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -827,10 +827,10 @@ def log_line(batch, times, metrics, **lists):
                         np.diff(times)))
     rows = gather(metrics)
     return json.dumps({name: float(np.mean([row[name] for row in rows if name in row]))
-                       for name in rows[0]}) + "\n"
+                       for name in dict.fromkeys(name for row in rows for name in row)}) + "\n"
 
 
-# ---- Worlds, servers, models, evaluation ---------------------------------------------------------
+# ---- Summarizer's server, models, evaluation -----------------------------------------------------
 def ask_server(trajectory, cfg, timeout=60):
     """What an OpenAI-compatible server answers to a transcript; "" after three tries."""
     chat = [dict(role="system", content=SUMMARIZER_PROMPT),
@@ -869,8 +869,8 @@ def load_model(cfg, world):
         for name in vars(config):              # theta_old must be the policy that sampled
             if "dropout" in name or name.endswith("_pdrop"):
                 setattr(config, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
-        model.to(device)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, trust_remote_code=False).to(device)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:                 # each of the libraries has its own
         raise ValueError(f"model={str(path)!r} cannot be loaded on {device}; give a folder or an "
@@ -927,7 +927,7 @@ def print_table(results):
 
 
 # ---- Presets and the command line ----------------------------------------------------------------
-# The size of the experiment. Typed settings override a preset, a method's row overrides both.
+# The size of an experiment. Strongest first: a method's row, typed, saved with a model, a preset.
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, lam=0.001)
 PRESETS = {
     "tiny": {},
@@ -949,7 +949,7 @@ def configure(typed, method, seed):
     """The Config of one run. A model that this program has trained brings the settings of its world
     and of its training, except those that make a method."""
     trained = Path(typed.get("model", "")) / "skill_sd.json"
-    saved = json.loads(trained.read_text()) if trained.exists() else {}
+    saved = json.loads(trained.read_text()) if trained.exists() and "preset" not in typed else {}
     left_out = {"out", "device", "save_every", *(name for row in METHODS.values() for name in row)}
     saved = {name: value for name, value in saved.items() if name not in left_out}
     fitting = "tiny" if typed.get("model", "tiny") == "tiny" else "small"
@@ -981,7 +981,7 @@ def main():
     methods = list(METHODS) if method == "all" else dict.fromkeys(["base", method])
     try:
         plans = [configure(typed, name, s)                     # all checked before anything runs
-                 for s in range(seed, seed + typed.get("seeds", 1)) for name in methods]
+                 for s in range(seed, seed + max(1, typed.get("seeds", 1))) for name in methods]
         if RANKS > 1:
             gpu = plans[0].device != "cpu" and torch.cuda.is_available()
             if gpu:

@@ -350,7 +350,8 @@ def world(texts, reward=0.5, meet=int, **more):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("reader", [{}, dict(skill_reader="student"), dict(actor="teacher")])
+@pytest.mark.parametrize("reader", [{}, dict(skill_reader="student", lam=0.0),
+                                    dict(actor="teacher")])
 def test_rescoring_gives_the_recorded_logps(tiny, temperature, reader):
     """And those of each row by hand. The student's rows never hold a skill that it may not read."""
     model, skills, notes = tiny[0], [None, *SKILLS] * 2, tiny[1].convert_tokens_to_ids("Notes")
@@ -536,7 +537,8 @@ def test_update_follows_eq_14(tiny, reader, size):
     """The gradient is that of the whole loss at once, however the batch is cut. The teacher is not
     asked where l is 0: no skill, weights just copied."""
     batch, cfg = played(
-        tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6, lam=0.3,
+        tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6,
+        lam=0.3 * (reader == "teacher"),
         max_skill_tokens=9, skill_reader=reader, micro_batch_tokens=size, max_grad_norm=1e9)
     model, teacher = (copy.deepcopy(tiny[0]).double().train() for _ in range(2))
     with torch.no_grad():
@@ -546,7 +548,7 @@ def test_update_follows_eq_14(tiny, reader, size):
     shown[1::2] = logp[1::2]
     pg = grpo_loss(logp, logp.detach(), torch.tensor(list(map(adv_of, batch))), mask, 0.2, 0.28)
     sdl = sdl_loss(logp, shown.detach(), logp.detach(), mask)
-    whole = torch.autograd.grad(0.6 * pg + 0.3 * sdl, list(model.parameters()))
+    whole = torch.autograd.grad(0.6 * pg + cfg.lam * sdl, list(model.parameters()))
     whole = torch.cat([gradient.flatten() for gradient in whole])
     for p in model.parameters():
         p.grad = torch.ones_like(p)                            # what an earlier step has left
@@ -569,9 +571,9 @@ def test_update_clips_the_gradient_and_stops_at_what_is_not_finite(tiny):
     metrics, gradient = one_step(model, batch, cfg, lr=1.0)
     assert metrics["grad_norm"] > 1e-3 and gradient.norm().item() == pytest.approx(1e-3, rel=1e-2)
     before = copy.deepcopy(model.state_dict())
-    batch[0].logp_teacher = torch.full_like(batch[0].logp_old, 800.0)     # value e**800, slope -800
-    for lam, message in ((1.0, "'sdl_loss': inf"), (math.nan, "gradient norm nan")):
-        cfg.lam = lam
+    for cfg.lam, far, message in (
+            (math.nan, 0.0, "gradient norm nan"), (1.0, 800.0, "'sdl_loss': inf")):
+        batch[0].logp_teacher = torch.full_like(batch[0].logp_old, far)   # value e**far, slope -far
         with pytest.raises(FloatingPointError, match=message):
             one_step(model, batch, cfg, lr=1.0)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
@@ -621,17 +623,19 @@ def test_every_method_trains(runs, method, monkeypatch):
     shown = dict(other_skill="other", empty_skill="empty").get(method, "own")
     assert ((cfg.reward_weight, cfg.lam), cfg.skill_shown) == (weights, shown)
     cfg.lam = 0.1                              # no teacher is asked for all that where none reads
-    real, due, written = skill_sd.rollout, [], []
+    real, due, written, seeds = skill_sd.rollout, [], [], set()
 
     def lossy(model, tokenizer, envs, *args, **keywords):
         out = real(model, tokenizer, envs, *args, **keywords)
-        for t, reward, turns in zip(out, REWARDS, TURNS) if len(envs) == 12 else ():
-            t.reward, t.turns = reward, turns                  # 8 are the held-out tasks
+        if len(envs) == 12:                                    # 8 are the held-out tasks
+            seeds.add(args[2].initial_seed())
+            for t, reward, turns in zip(out, REWARDS, TURNS):
+                t.reward, t.turns = reward, turns
         return out
     monkeypatch.setattr(skill_sd, "rollout", lossy)
     calls = recorded(monkeypatch, skill_sd, "rollout", "sample_answers", "shown_skill", "update",
                      "sync_teacher", "score_as_teacher", "summarize")
-    calls |= recorded(monkeypatch, SkillBank, "select", "credit", "add")
+    calls |= recorded(monkeypatch, SkillBank, "select", "credit", "wants", "add")
     result, folder = skill_sd.train(cfg), skill_sd.run_folder(cfg)
     read = [chunks for (_, chunks, *_), _ in calls["sample_answers"]]
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
@@ -648,9 +652,11 @@ def test_every_method_trains(runs, method, monkeypatch):
         assert (skilled in read) == (actor_reads or skilled == [t.prompt for t in out])
         due += [(entry, pytest.approx(x)) for (_, entry), x in zip(picks, (0.5, 0.725)) if entry]
         (chosen, *_), skills = calls["summarize"][k]
-        assert {id(t) for t in chosen} <= {id(out[3]), id(out[6])}
-        assert len(chosen) == 2 * (method != "grpo") or k > 0
+        asked = [(args[1:], wanted) for args, wanted in calls["wants"][2 * k:2 * k + 2]]
+        assert [id(t) for t in chosen] == [
+            id(t) for t in (out[3], out[6]) if ((t.task_id, t.reward), True) in asked]
         written += [(t.task_id, skill, t.reward) for t, skill in skills]
+    assert len(seeds) == 4                                     # no iteration repeats another
     assert due == [(entry, reward) for (_, entry, reward), _ in calls["credit"]]
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
     assert len(calls["sync_teacher"]) == (0 if frozen else 2)
@@ -803,7 +809,8 @@ def test_two_processes_are_one(tmp_path):
     train = sokoban_env.make_world(cfg).train
     assert len(log_of(folder)) == 3 and len(result["sampled"]) == 8
     assert all(bank and set(bank) <= set(train[i::2]) for i, bank in enumerate(banks))
-    assert skill_sd.run_folder(cfg) != folder                  # one process begins anew
+    alone = skill_sd.run_folder(cfg)
+    assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=7)) == alone != folder
 
 
 # ---- Summarizers ---------------------------------------------------------------------------------
@@ -893,7 +900,7 @@ def test_server_writes_while_the_student_is_updated(runs, monkeypatch):
 
 def test_a_bad_server_costs_skills_only(tiny, monkeypatch, capsys):
     """It is asked three times. What it says is printed, the key never."""
-    waits, (batch, cfg) = [], played(tiny, n=1)
+    waits, time_is_up, (batch, cfg) = [], threading.Event(), played(tiny, n=1)
     monkeypatch.setattr(skill_sd.time, "sleep", waits.append)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     script = [(503, ""), (429, ""), WRITTEN_SKILL]
@@ -904,7 +911,7 @@ def test_a_bad_server_costs_skills_only(tiny, monkeypatch, capsys):
                 said("{}"), said(["x"]), (200, '{"choices": []}'), (200, " " * (8 << 20))):
         with serving(lambda number: bad) as (cfg.summarizer, asked):
             assert skill_sd.summarize(batch, None, None, cfg, None) == []
-    with serving(lambda number: (200, str(threading.Event().wait(1)))) as (cfg.summarizer, asked):
+    with serving(lambda number: (time_is_up.wait(1), WRITTEN_SKILL)[1]) as (cfg.summarizer, asked):
         assert skill_sd.ask_server(batch[0], cfg, timeout=0.1) == "" and len(asked) == 3
     for key in ("secret", "secret\nsecret", "secret\u2026"):   # the server is gone
         monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -971,7 +978,8 @@ def test_models_that_cannot_be_had_or_held_are_refused(tiny, tmp_path, name, set
     ("--lr -1", "lr=-1.0"), ("--lr inf", "lr=inf"), ("--lam nan", "lam=nan"),
     ("--seed -1", "seed=-1"), ("--max-turns 0", "max_turns=0"), ("--group-size 1", "group_size=1"),
     ("--temperature 0", "temperature=0.0"), ("--tasks-per-iteration 5", "tasks_per_iteration=5"),
-    ("--actor teacher --skill-reader nobody", "actor='teacher'"),
+    ("--actor teacher --skill-reader nobody", "skill_reader='nobody'"),
+    ("--skill-reader student --lam 0.1", "skill_reader='student'"), ("--seeds 0", "seeds=0"),
     ("--env appworld_adapter --summarizer rules", "summarizer='rules'"),
     ("--summarizer ruels", "summarizer='ruels'"), ("--summarizer http://x", "summarizer_model=''"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
