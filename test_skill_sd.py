@@ -7,7 +7,6 @@ import http.server
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -35,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 import appworld_adapter
 import skill_sd
 import sokoban_env
-from appworld_adapter import AppWorldEnv, cut, noop_score
+from appworld_adapter import AppWorldEnv, cut
 from skill_sd import (Chat, Config, Skill, SkillBank, Trajectory, group_advantages, grpo_loss,
                       masked_mean, parse_skill, response_logps, rollout, sdl_loss, sync_teacher)
 from sokoban_env import (BLOCKED, MOVES, NO_MOVE, SokobanEnv, analyse, canonical, demonstrations,
@@ -464,14 +463,10 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
 
 
 # ---- One update ----------------------------------------------------------------------------------
-def adv_of(t):
-    return len(t.logps) % 4 - 1.5
-
-
 def one_step(model, batch, cfg, lr=0.0):
     """The metrics of one `update`, and its gradient as one vector."""
     for t in batch:
-        t.adv = adv_of(t)
+        t.adv = len(t.logps) % 4 - 1.5
     optimizer, grads = torch.optim.SGD(model.parameters(), lr=lr), []
     optimizer.register_step_pre_hook(                          # later they are cleared
         lambda *args: grads.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
@@ -490,232 +485,172 @@ def recorded(monkeypatch, owner, *names):
 
 
 @pytest.mark.parametrize("precision, low, high", [("float32", 0, 1e-4), ("bfloat16", 1e-4, 0.5)])
-def test_same_weights_and_prompt_have_log_ratio_zero(tiny, precision, low, high):
-    """Student and teacher compute alike; weights stay float32; bfloat16 is not a no-op."""
-    model = copy.deepcopy(tiny[0])
+def test_sync_teacher(tiny, precision, low, high):
+    """It computes as the student does, then; weights stay float32; bfloat16 is not a no-op."""
+    model, teacher = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
+    for p in teacher.parameters():
+        p.data += 1.0
+    sync_teacher(teacher, model)
     batch, cfg = played(tiny, n=8, precision=precision)
-    skill_sd.score_as_teacher(model, batch, cfg, synced=False)
+    skill_sd.score_as_teacher(teacher, batch, cfg, synced=False)
     scored = torch.cat([t.logp_teacher for t in batch])
-    metrics, gradient = one_step(model, batch, cfg)
+    metrics, gradient = one_step(model, batch, cfg, lr=1.0)    # the teacher keeps its weights
     assert metrics["log_ratio"] == metrics["sdl_loss"] == metrics["rho_minus_1"] == 0.0
     assert {x.dtype for x in [gradient, *model.parameters()]} == {torch.float32}
     assert low <= metrics["rollout_gap"] <= high
-    skill_sd.score_as_teacher(model, batch, Config(), synced=False)
-    assert (torch.cat([t.logp_teacher for t in batch]) - scored).abs().max() >= low
+    skill_sd.score_as_teacher(teacher, batch, Config(), synced=False)
+    assert low <= (torch.cat([t.logp_teacher for t in batch]) - scored).abs().max() <= high
 
 
-def test_gradient_checkpointing_changes_memory_not_gradients(tiny, tmp_path):
-    """Every layer is computed a second time on the way back. Loading sets dropout to 0."""
-    saved, dropout = copy.deepcopy(tiny[0]), dict(attention_dropout=0.3, resid_pdrop=0.3)
-    saved.config.update(dropout)
-    saved.save_pretrained(tmp_path)
-    tiny[1].save_pretrained(tmp_path)
-    gradients, calls = [], []
-    for on in (0, 1):
-        batch, cfg = played(tiny, model=str(tmp_path), gradient_checkpointing=on)
-        model, _ = skill_sd.load_model(cfg, None)
-        assert not any(getattr(model.config, name) for name in dropout)
-        count = []
-        model.model.layers[0].self_attn.register_forward_hook(lambda *args: count.append(1))
-        gradients.append(one_step(model, batch, cfg)[1])
-        calls.append(len(count))
-    assert calls == [1, 2] and torch.allclose(*gradients, atol=1e-6)
-
-
-def test_sync_teacher(tiny):
-    teacher = copy.deepcopy(tiny[0])
-    with torch.no_grad():
-        for p in teacher.parameters():
-            p.add_(1.0)
-    sync_teacher(teacher, tiny[0])
-    for a, b in zip(teacher.parameters(), tiny[0].parameters()):
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
-
-
-@pytest.mark.parametrize("reader, size", [("teacher", 16384), ("teacher", 1), ("student", 300)])
-def test_update_follows_eq_14(tiny, reader, size):
-    """The gradient is that of the whole loss at once, however the batch is cut. The teacher is not
-    asked where l is 0: no skill, weights just copied."""
+@pytest.mark.parametrize("reader, size, checkpointing", [
+    ("teacher", 16384, 0), ("teacher", 1, 0), ("student", 300, 1)])
+def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing):
+    """The gradient is that of the whole loss at once, however the batch is cut, and where layers
+    are computed twice. The teacher is not asked where l is 0: no skill, weights just copied."""
     batch, cfg = played(
         tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6,
-        lam=0.3 * (reader == "teacher"),
-        max_skill_tokens=9, skill_reader=reader, micro_batch_tokens=size, max_grad_norm=1e9)
-    model, teacher = (copy.deepcopy(tiny[0]).double().train() for _ in range(2))
-    with torch.no_grad():
-        teacher.lm_head.weight.mul_(1.1)
+        lam=0.3 * (reader == "teacher"), max_skill_tokens=9, skill_reader=reader,
+        micro_batch_tokens=size, max_grad_norm=1e9, gradient_checkpointing=checkpointing,
+        model=str(tmp_path))
+    saved, layer_calls = copy.deepcopy(tiny[0]), []
+    saved.config.update(dict(attention_dropout=0.3, resid_pdrop=0.3))      # loading sets them to 0
+    saved.save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    model, teacher = (skill_sd.load_model(cfg, None)[0].double().train() for _ in range(2))
+    teacher.lm_head.weight.data *= 1.1
     logp, mask = response_logps(model, batch, cfg, with_skill=reader == "student")
     shown, _ = response_logps(teacher, batch, cfg, with_skill=True)
     shown[1::2] = logp[1::2]
-    pg = grpo_loss(logp, logp.detach(), torch.tensor(list(map(adv_of, batch))), mask, 0.2, 0.28)
+    adv = torch.tensor([len(t.logps) % 4 - 1.5 for t in batch])
+    pg = grpo_loss(logp, logp.detach(), adv, mask, 0.2, 0.28)
     sdl = sdl_loss(logp, shown.detach(), logp.detach(), mask)
     whole = torch.autograd.grad(0.6 * pg + cfg.lam * sdl, list(model.parameters()))
     whole = torch.cat([gradient.flatten() for gradient in whole])
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)                            # what an earlier step has left
     skill_sd.score_as_teacher(teacher, batch, cfg, synced=True)
     assert [t.logp_teacher is None for t in batch] == [False, True] * 3
     batch[2].logps = [x + 0.25 for x in batch[2].logps]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)                            # what an earlier step has left
+    model.model.layers[0].self_attn.register_forward_hook(lambda *args: layer_calls.append(1))
     metrics, gradient = one_step(model, batch, cfg)
-    assert not model.training and not teacher.training         # no dropout, or theta_old is another
+    assert len(layer_calls) == (1 + checkpointing) * len(skill_sd.micro_batches(batch, size))
+    assert model.training == bool(checkpointing) and not teacher.training
+    assert model.config.attention_dropout == model.config.resid_pdrop == 0
     assert (gradient - whole).norm() < 1e-6 * whole.norm()
     right = dict(grad_norm=whole.norm(), pg_loss=pg, sdl_loss=sdl, entropy=-logp[mask].mean(),
                  log_ratio=masked_mean(logp - shown, mask), action_tokens=mask.sum())
     assert {name: metrics[name] for name in right} == pytest.approx(
         {name: x.item() for name, x in right.items()}, rel=1e-5)
     assert metrics["rollout_gap"] == pytest.approx(0.25, abs=1e-3) and metrics["rho_minus_1"] == 0
+    sizes = [Trajectory("t", None, [], [0] * 10, [], ids=[0] * n) for n in (50, 10, 40, 20, 30)]
+    parts = skill_sd.micro_batches(sizes, 100)                 # of 2 * 30, 2 * 50 and 60 tokens
+    assert [[len(t.ids) for t in part] for part in parts] == [[10, 20], [30, 40], [50]]
 
 
-def test_update_clips_the_gradient_and_stops_at_what_is_not_finite(tiny):
+def test_updates_move_rho_are_clipped_and_stop_at_what_is_not_finite(tiny):
     model = copy.deepcopy(tiny[0])
-    batch, cfg = played(tiny, max_grad_norm=1e-3)
-    metrics, gradient = one_step(model, batch, cfg, lr=1.0)
+    batch, cfg = played(
+        tiny, updates_per_iteration=3, clip_low=0.0, clip_high=100.0, max_grad_norm=1e-3)
+    metrics, gradient = one_step(model, batch, cfg, lr=10.0)
     assert metrics["grad_norm"] > 1e-3 and gradient.norm().item() == pytest.approx(1e-3, rel=1e-2)
+    assert metrics["rho_minus_1"] > 1e-4 and metrics["rollout_gap"] < 1e-4   # logp_old stays
+    assert 0 < metrics["clip_fraction"] < 1                    # the share of tokens that fell
     before = copy.deepcopy(model.state_dict())
-    for cfg.lam, far, message in (
-            (math.nan, 0.0, "gradient norm nan"), (1.0, 800.0, "'sdl_loss': inf")):
-        batch[0].logp_teacher = torch.full_like(batch[0].logp_old, far)   # value e**far, slope -far
+    batch[0].logp_teacher = torch.full_like(batch[0].logp_old, 800.0)     # value e**800, slope -800
+    for cfg.lam, message in ((1.0, "'sdl_loss': inf"), (math.nan, "gradient norm nan")):
         with pytest.raises(FloatingPointError, match=message):
             one_step(model, batch, cfg, lr=1.0)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
-def test_several_updates_per_iteration_move_rho(tiny):
-    batch, cfg = played(tiny, updates_per_iteration=3, clip_low=0.0, clip_high=100.0)
-    metrics, _ = one_step(copy.deepcopy(tiny[0]), batch, cfg, lr=0.01)
-    assert metrics["rho_minus_1"] > 1e-4 and metrics["rollout_gap"] < 1e-4   # logp_old stays
-    assert 0 < metrics["clip_fraction"] < 1                    # the share of tokens that fell
-
-
-@pytest.mark.parametrize("most, right", [
-    (100, [[10, 20], [30, 40], [50]]),                         # 2 * 30, 2 * 50 and 60 tokens
-    (1, [[10], [20], [30], [40], [50]]), (300, [[10, 20, 30, 40, 50]])])
-def test_micro_batches_are_full_but_not_too_full(most, right):
-    sizes = [Trajectory("t", None, [], [0] * 10, [], ids=[0] * n) for n in (50, 10, 40, 20, 30)]
-    assert [[len(t.ids) for t in part] for part in skill_sd.micro_batches(sizes, most)] == right
-
-
 # ---- The algorithm -------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """One folder for all runs: the warm start in it is made once."""
-    return tmp_path_factory.mktemp("runs")
-
-
-def log_of(folder):
-    """The lines of a run's log, less its seconds."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{name: x for name, x in line.items() if "seconds" not in name} for line in lines]
-
-
-REWARDS = [0.1, math.nan, 0.7, 0.7, 0.2, 0.9, 0.9, 0.9] + [math.nan] * 4
-TURNS = [5, 1, 4, 3, 2, 5, 2, 4] + [1] * 4     # the best of a group, the shortest of equals: 3, 6
-
-
 @pytest.mark.parametrize("method", [name for name in skill_sd.METHODS if name != "base"])
-def test_every_method_trains(runs, method, monkeypatch):
+def test_every_method_trains(tmp_path, method, monkeypatch):
     """Skills, advantages and credits meet their episodes, also where one is lost, or a group. What
     is finished is not done again, and `base` plays with the student."""
-    row, frozen = skill_sd.METHODS[method], "frozen" in method
-    actor_reads = method == "skill_grpo" or "off_policy" in method
+    rewards = [0.1, math.nan, 0.7, 0.7, 0.2, 0.9, 0.9, 0.9] + [math.nan] * 4
+    turns = [5, 1, 4, 3, 2, 5, 2, 4] + [1] * 4         # best of their group, then shortest: 3, 6
+    frozen, off_policy, writes = "frozen" in method, "off_policy" in method, method != "grpo"
     teacher_reads = method not in ("grpo", "skill_grpo")
-    cfg = smallest(runs, method=method, **dict(sync_every=2) | row)
-    weights = (float(method != "opd"), 1.0 if method == "opd" else 0.1 * teacher_reads)
-    shown = dict(other_skill="other", empty_skill="empty").get(method, "own")
-    assert ((cfg.reward_weight, cfg.lam), cfg.skill_shown) == (weights, shown)
+    cfg = smallest(tmp_path.parent, method=method, **dict(sync_every=2) | skill_sd.METHODS[method])
+    assert (cfg.reward_weight, cfg.lam, cfg.skill_shown) == (
+        float(method != "opd"), 1.0 if method == "opd" else 0.1 * teacher_reads,
+        dict(other_skill="other", empty_skill="empty").get(method, "own"))
     cfg.lam = 0.1                              # no teacher is asked for all that where none reads
-    real, due, written, seeds = skill_sd.rollout, [], [], set()
+    real, due, written = skill_sd.rollout, [], []
 
     def lossy(model, tokenizer, envs, *args, **keywords):
         out = real(model, tokenizer, envs, *args, **keywords)
-        if len(envs) == 12:                                    # 8 are the held-out tasks
-            seeds.add(args[2].initial_seed())
-            for t, reward, turns in zip(out, REWARDS, TURNS):
-                t.reward, t.turns = reward, turns
+        for t, *ends in zip(out[:12 if len(envs) == 12 else 2], rewards, turns):
+            t.reward, t.turns = ends           # of the held-out tasks, only of two
         return out
     monkeypatch.setattr(skill_sd, "rollout", lossy)
     calls = recorded(monkeypatch, skill_sd, "rollout", "sample_answers", "shown_skill", "update",
                      "sync_teacher", "score_as_teacher", "summarize")
-    calls |= recorded(monkeypatch, SkillBank, "select", "credit", "wants", "add")
+    calls |= recorded(monkeypatch, SkillBank, "select", "credit", "add")
     result, folder = skill_sd.train(cfg), skill_sd.run_folder(cfg)
     read = [chunks for (_, chunks, *_), _ in calls["sample_answers"]]
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
         (student, _, batch, _), _ = calls["update"][k]
-        assert (actor is student) == ("off_policy" not in method)
+        assert (actor is student) != off_policy
         assert [id(t) for t in batch] == [id(out[i]) for i in (0, 2, 3, 4, 5, 6, 7)]
-        assert [t.adv for t in out] == group_advantages(REWARDS, 4).tolist()
+        assert [t.adv for t in out] == group_advantages(rewards, 4).tolist()
         picks = [(task, entry) for (_, task), entry in calls["select"][3 * k:3 * k + 3]]
         shown = calls["shown_skill"][3 * k:3 * k + 3]
         assert [(task, entry) for (_, task, entry, *_), _ in shown] == picks
         assert [(t.task_id, t.skill) for t in out] == [
             (args[1], skill) for args, skill in shown for _ in range(4)]
         skilled = [t.skill_prompt for t in out]
-        assert (skilled in read) == (actor_reads or skilled == [t.prompt for t in out])
+        assert (skilled in read) == (off_policy or method == "skill_grpo"
+                                     or skilled == [t.prompt for t in out])
         due += [(entry, pytest.approx(x)) for (_, entry), x in zip(picks, (0.5, 0.725)) if entry]
         (chosen, *_), skills = calls["summarize"][k]
-        asked = [(args[1:], wanted) for args, wanted in calls["wants"][2 * k:2 * k + 2]]
-        assert [id(t) for t in chosen] == [
-            id(t) for t in (out[3], out[6]) if ((t.task_id, t.reward), True) in asked]
+        assert {id(t) for t in chosen} <= {id(out[3]), id(out[6])}
+        assert len(chosen) == 2 * writes or k > 0
         written += [(t.task_id, skill, t.reward) for t, skill in skills]
-    assert len(seeds) == 4                                     # no iteration repeats another
     assert due == [(entry, reward) for (_, entry, reward), _ in calls["credit"]]
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
-    assert len(calls["sync_teacher"]) == (0 if frozen else 2)
-    assert [args[3] for args, _ in calls["score_as_teacher"]] == [not frozen, False] * (
-        2 * teacher_reads)
-    lines = log_of(folder)
+    assert [args[1] is student is not args[0] for args, _ in calls["sync_teacher"]] == [True] * (
+        0 if frozen else 2)
+    assert [(args[0] is student, args[3]) for args, _ in calls["score_as_teacher"]] == [
+        (False, not frozen), (False, False)] * (2 * teacher_reads)
+    assert [(args[5], {t.skill for t in out}) for args, out in calls["rollout"][4:]] == [
+        (False, {None}), (True, {None})]       # the held-out tasks, sampled and greedy
+    assert result["sampled"][:2] == result["greedy"][:2] == [0.1, 0.0]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(x["lost"], x["skill_share"] > 0, x["sdl_loss"] > 0) for x in lines] == [
-        (5 / 12, k > 0 and method != "grpo", k > 0 and teacher_reads) for k in range(4)]
+        (5 / 12, k > 0 and writes, k > 0 and teacher_reads) for k in range(4)]
     assert all(math.isfinite(x) for line in lines for x in line.values())
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    warm = skill_sd.load_model(cfg, None)[0].state_dict()
-    assert not all(torch.equal(x, warm[name]) for name, x in state["student"].items())
-    assert all(torch.equal(x, warm[name]) for name, x in state["teacher"].items()) == frozen
-    with monkeypatch.context() as patch:
-        patch.setattr(skill_sd, "load_model", None)
-        assert skill_sd.train(cfg) == result
-    typed = dict(model=str(folder / "student"), out=str(runs))
+    assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
+    typed = dict(model=str(folder / "student"), out=cfg.out)
     again = skill_sd.configure(typed, "base", cfg.seed)        # its settings, less the method's
-    assert again == smallest(runs, method="base", iterations=0, model=typed["model"])
+    assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
     assert skill_sd.train(again) == result
 
 
 def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
-    cfg = Config(tasks_per_iteration=4, iterations=40, curriculum=0.5)
+    cfg, tasks = Config(tasks_per_iteration=4, iterations=40, curriculum=0.5), range(40)
     for k, last in ((0, 9), (10, 24), (20, 39), (39, 39)):
-        picks = [skill_sd.pick_tasks(range(40), dataclasses.replace(cfg, seed=seed), k)
+        picks = [{*skill_sd.pick_tasks(tasks, dataclasses.replace(cfg, seed=seed), k)}
                  for seed in range(60)]
-        assert (min(map(min, picks)), max(map(max, picks))) == (0, last)
-        assert all(len(set(pick)) == 4 for pick in picks)
-    assert skill_sd.pick_tasks(range(40), cfg, 38) != skill_sd.pick_tasks(range(40), cfg, 39)
+        assert (min(set.union(*picks)), max(set.union(*picks))) == (0, last)
+        assert all(len(pick) == 4 for pick in picks)
+    assert skill_sd.pick_tasks(tasks, cfg, 38) != skill_sd.pick_tasks(tasks, cfg, 39)
     monkeypatch.setattr(skill_sd, "RANKS", 2)                  # two processes: every other task
     monkeypatch.setattr(skill_sd, "RANK", 1)
-    pick = skill_sd.pick_tasks(range(40), cfg, 0)
-    assert len(set(pick)) == 2 and set(pick) <= {1, 3, 5, 7, 9}
+    pick = {*skill_sd.pick_tasks(tasks, cfg, 0)}
+    assert len(pick) == 2 and pick <= {1, 3, 5, 7, 9}
 
 
 def test_controls_show_another_skill_or_an_empty_one():
-    bank, cfg = SkillBank(c=1.0), Config(skill_shown="other")
+    bank = SkillBank(c=1.0)
     bank.add("a", SKILLS[0])
-    entry = bank.select("a")
-    assert skill_sd.shown_skill(bank, "a", entry, cfg, 0) == SKILLS[0]       # no other task has one
-    bank.add("b", SKILLS[1])
-    for how, right in (("own", SKILLS[0]), ("other", SKILLS[1]), ("empty", Skill("", "", ""))):
-        cfg.skill_shown = how
-        assert all(skill_sd.shown_skill(bank, "a", entry, cfg, k) == right for k in range(9))
-        assert skill_sd.shown_skill(bank, "c", None, cfg, 0) is None
-
-
-def test_evaluation_plays_sampled_and_greedy_without_skills(tiny, monkeypatch):
-    def make_env(task):
-        env = SokobanEnv(generate_levels(1, seed=2)[0], 2)
-        env.completion = lambda: dict(half=0.5, lost=math.nan, done=1.0)[task]
-        return env
-    calls = recorded(monkeypatch, skill_sd, "rollout")["rollout"]
-    world = types.SimpleNamespace(train=[], heldout=["half", "lost", "done"], make_env=make_env)
-    found = skill_sd.evaluate(*tiny, world, Config())
-    assert found == dict(sampled=[0.5, 0.0, 1.0], greedy=[0.5, 0.0, 1.0])
-    assert [args[5:] for args, _ in calls] == [(False,), (True,)]
-    assert all(t.skill is None for _, played in calls for t in played)
+    for how, right in (("other", SKILLS[0]), ("other", SKILLS[1]), ("own", SKILLS[0]),
+                       ("empty", Skill("", "", ""))):
+        for task, entry, skill in (("a", bank.select("a"), right), ("c", None, None)):
+            assert {skill_sd.shown_skill(bank, task, entry, Config(skill_shown=how), k)
+                    for k in range(9)} == {skill}
+        bank.add("b", SKILLS[1])               # at first, no other task has one
 
 
 # ---- Processes: killed, and more than one --------------------------------------------------------
@@ -730,43 +665,38 @@ def main(*words):
         skill_sd.main()
 
 
-KILLED_AT = [("replace", 1), ("write_text", 3), ("save", 2), ("replace", 4), ("update", 2)]
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
+    """`base` and `skill_sd`, killed five times and started again, leave bit for bit what they leave
+    in another folder, with a warm start of its own. What is being written is half there."""
+    main(*SMALL, str(tmp_path / "a"))
+    for owner, name, nth in ((os, "replace", 1), (Path, "write_text", 3), (torch, "save", 2),
+                             (os, "replace", 4), (skill_sd, "update", 2)):
+        calls, real = [], getattr(owner, name)
 
-
-def run_until(folder, name="", nth=0):
-    """A run that the nth call of a function ends; what this call writes is half there."""
-    def killing(*args, **keywords):
-        calls.append(args)
-        if len(calls) == nth:
+        def killing(*args, **keywords):
+            calls.append(args)
+            if len(calls) < nth:
+                return real(*args, **keywords)
             if name in ("save", "write_text"):
                 Path(args[name == "save"]).write_bytes(b"{")
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **keywords)
-    calls, owners = [], dict(replace=os, write_text=Path, save=torch, update=skill_sd)
-    if name:
-        real = getattr(owners[name], name)
-        setattr(owners[name], name, killing)
-    main(*SMALL, folder)
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """`base` and `skill_sd`, killed five times and started again, leave bit for bit what they leave
-    unkilled in another folder, with a warm start of its own."""
-    processes, ends = multiprocessing.get_context("forkserver"), []
-    processes.set_forkserver_preload(["test_skill_sd", "transformers.models.llama.modeling_llama"])
-    for name, *how in [("a",), *(("b", *how) for how in KILLED_AT), ("b",)]:
-        process = processes.Process(target=run_until, args=(str(tmp_path / name), *how))
-        process.start()
-        process.join()
-        ends.append(process.exitcode)
-    assert ends == [0, *[-signal.SIGKILL] * 5, 0]
+        child = os.fork()
+        if child == 0:
+            try:
+                setattr(owner, name, killing)
+                main(*SMALL, str(tmp_path / "b"))
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    main(*SMALL, str(tmp_path / "b"))
     folders = sorted((tmp_path / "a").glob("*-seed0-*"))
     assert [folder.name.partition("-")[0] for folder in folders] == ["base", "skill_sd"]
     for folder in folders:
         twin = tmp_path / "b" / folder.name
         for name in ("result.json", "bank.json", "student/model.safetensors"):
             assert (folder / name).read_bytes() == (twin / name).read_bytes()
-    assert log_of(folder) == log_of(twin) and len(log_of(twin)) == 6
+    logs = [re.sub('"seconds.*', "", (out / "log.jsonl").read_text()) for out in (folder, twin)]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 6
 
 
 def torchrun(code, n, *args):
@@ -786,73 +716,57 @@ def update_my_share(folder):
     skill_sd.score_as_teacher(teacher, batch, cfg, synced=True)
     metrics, gradient = one_step(model, batch, cfg)
     del metrics["rollout_gap"]                                 # of this process alone
-    if skill_sd.RANK == 0:
-        torch.save((gradient, metrics), f"{folder}/update-{skill_sd.RANKS}.pt")
+    skill_sd.write(Path(folder, f"update-{skill_sd.RANKS}.pt"), (gradient, metrics))
 
 
 def test_two_processes_are_one(tmp_path):
-    """They train one student, write one log and table; an update is that of one process; if one
-    dies, all end."""
+    """They train one student, write one log and table; an update is that of one process."""
     words = "--iterations 3 --train-levels 4 --tasks-per-iteration 2".split()
-    done = torchrun("tests.main(*tests.SMALL, *sys.argv[1:])\ntests.update_my_share(sys.argv[1])\n"
-                    "if tests.skill_sd.RANK: sys.exit('error: this process is gone')\n"
-                    "tests.skill_sd.gather(None)", 2, str(tmp_path), *words)
-    assert done.returncode and "this process is gone" in done.stderr
+    done = torchrun("tests.main(*tests.SMALL, *sys.argv[1:])\ntests.update_my_share(sys.argv[1])",
+                    2, str(tmp_path), *words)
+    assert done.returncode == 0 and done.stdout.count("skill_sd - base") == 1, done.stderr
     update_my_share(tmp_path)
     (one, losses), (two, others) = (torch.load(tmp_path / f"update-{n}.pt") for n in (1, 2))
     assert (one - two).abs().max() < 1e-6 and losses == pytest.approx(others, abs=1e-6)
-    assert done.stdout.count("skill_sd - base") == 1
     (folder,) = tmp_path.glob("skill_sd-tiny-seed0-*")
     settings, result, banks = (json.loads((folder / name).read_text()) for name in (
         "student/skill_sd.json", "result.json", "bank.json"))
-    cfg = Config(**settings)
-    train = sokoban_env.make_world(cfg).train
-    assert len(log_of(folder)) == 3 and len(result["sampled"]) == 8
-    assert all(bank and set(bank) <= set(train[i::2]) for i, bank in enumerate(banks))
-    alone = skill_sd.run_folder(cfg)
-    assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=7)) == alone != folder
+    train = sokoban_env.make_world(cfg := Config(**settings)).train
+    assert len(result["sampled"]) == 8 and all(
+        bank and set(bank) <= set(train[i::2]) for i, bank in enumerate(banks))
+    assert skill_sd.run_folder(cfg) != folder                  # one process begins anew
 
 
 # ---- Summarizers ---------------------------------------------------------------------------------
-def tells(text, t):
-    """Whether a text is the transcript of the trajectory."""
-    turns = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in t.messages)
-    return text == f"{turns}\n\n[completion: {t.reward:.2f}]"
-
-
 def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     """A transcript that is too long costs a skill, not the run."""
     batch, cfg = played(tiny, n=3, summarizer="self", summary_tokens=5)
     batch[1].messages[0]["content"] = "up " * 5000
-    generator, real = torch.Generator().manual_seed(0), skill_sd.rollout
-    assert skill_sd.summarize(batch, *tiny, cfg, generator) == []     # it has not learnt to write
-
-    def scripted(model, tokenizer, envs, own, **keywords):
-        assert (own.max_new_tokens, own.temperature, own.max_context) == (5, 0.6, 4096)
-        assert {env.system_prompt for env in envs} == {skill_sd.SUMMARIZER_PROMPT}
-        written = real(model, tokenizer, envs, own, **keywords)
-        for t, about in zip(written, batch):
-            assert tells(t.messages[0]["content"], about)
-            for m in t.messages[1:2]:
-                assert m["content"].startswith('{"success_analysis": "')
-                m["content"] = json.dumps(dataclasses.asdict(SKILLS[0]))
-        return written
-    monkeypatch.setattr(skill_sd, "rollout", scripted)
-    assert skill_sd.summarize(batch, *tiny, cfg, generator) == [
-        (batch[0], SKILLS[0]), (batch[2], SKILLS[0])]
+    turns = "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in batch[0].messages)
+    assert batch[0].transcript() == f"{turns}\n\n[completion: {batch[0].reward:.2f}]"
+    calls = recorded(monkeypatch, skill_sd, "rollout")["rollout"]
+    monkeypatch.setattr(skill_sd, "parse_skill", lambda text: text[:22])    # it cannot write yet
+    found = skill_sd.summarize(batch, *tiny, cfg, torch.Generator().manual_seed(0))
+    begun = '{"success_analysis": "'
+    assert found == [(batch[0], begun), (batch[1], ""), (batch[2], begun)]
+    ((_, _, envs, own, _), episodes), = calls
+    assert (own.max_new_tokens, own.temperature, own.max_context) == (5, 0.6, 4096)
+    assert [(t.messages[0]["content"], env.system_prompt) for t, env in zip(episodes, envs)] == [
+        (t.transcript(), skill_sd.SUMMARIZER_PROMPT) for t in batch]
 
 
 @contextlib.contextmanager
 def serving(answer):
-    """A server: (its URL, what it was asked). answer(number of the request): status, text."""
+    """A server: (its URL, what it was asked). answer(number of the request): status, JSON."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             asked.append((self.path, self.headers["Authorization"], json.loads(body)))
-            status, text = answer(len(asked))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
+            status, value = answer(len(asked))
+            with contextlib.suppress(OSError):                 # who asked may be gone
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(value).encode())
     asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -860,58 +774,48 @@ def serving(answer):
         server.shutdown()
 
 
-def said(content):
-    return 200, json.dumps(dict(choices=[dict(message=dict(role="assistant", content=content))]))
+WRITTEN = {"choices": [{"message": {
+    "content": f"Sure!\n```json\n{json.dumps(dataclasses.asdict(SKILLS[0]))}\n```"}}]}
 
 
-WRITTEN_SKILL = said(f"Sure!\n```json\n{json.dumps(dataclasses.asdict(SKILLS[0]))}\n```")
-
-
-def test_server_writes_while_the_student_is_updated(runs, monkeypatch):
-    """Three transcripts are sent at once, before the update has ended."""
+def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsys):
+    """Three transcripts are sent at once, before the update has ended. A bad server costs skills
+    only: it is asked three times, and what it says is printed, the key never."""
+    def meeting(function):
+        def met(*args):
+            together.wait()
+            return function(*args)
+        return met
+    together = threading.Barrier(4, timeout=20)
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")           # as it stands in a file
-    together, real, batches = threading.Barrier(4, timeout=20), skill_sd.update, []
-
-    def answer(number):
-        if number <= 3:
-            together.wait()
-        return WRITTEN_SKILL
-
-    def update(*args):
-        if not batches:
-            together.wait()
-        batches.append(args[2])
-        return real(*args)
-    monkeypatch.setattr(skill_sd, "update", update)
-    with serving(answer) as (url, asked):
-        cfg = smallest(runs, iterations=2, summarizer=url, summarizer_model="m", summary_tokens=77)
+    monkeypatch.setattr(skill_sd, "update", meeting(skill_sd.update))
+    calls = recorded(monkeypatch, skill_sd, "summarize")["summarize"]
+    with serving(meeting(lambda number: (200, WRITTEN))) as (url, asked):
+        cfg = smallest(tmp_path.parent, iterations=1, summarizer=url, summarizer_model="m",
+                       summary_tokens=77)
         skill_sd.train(cfg)
-    for path, key, body in asked:
-        assert (path, key) == ("/v1/chat/completions", "Bearer secret")
-        assert (body["model"], body["max_tokens"]) == ("m", 77)
-        system, user = body["messages"]
-        assert system == dict(role="system", content=skill_sd.SUMMARIZER_PROMPT)
-        assert user["role"] == "user"
-        assert any(tells(user["content"], t) for batch in batches for t in batch)
+    ((batch, *_), _), = calls
+    messages = [[dict(role="system", content=skill_sd.SUMMARIZER_PROMPT),
+                 dict(role="user", content=t.transcript())] for t in batch]
+    assert sorted(asked, key=str) == sorted(
+        [("/v1/chat/completions", "Bearer secret", dict(model="m", max_tokens=77, messages=said))
+         for said in messages], key=str)
     (bank,) = json.loads((skill_sd.run_folder(cfg) / "bank.json").read_text())
     assert [e["skill"] for entries in bank.values() for e in entries] == [
         dataclasses.asdict(SKILLS[0])] * 3
-
-
-def test_a_bad_server_costs_skills_only(tiny, monkeypatch, capsys):
-    """It is asked three times. What it says is printed, the key never."""
-    waits, time_is_up, (batch, cfg) = [], threading.Event(), played(tiny, n=1)
+    batch, waits = batch[:1], []
     monkeypatch.setattr(skill_sd.time, "sleep", waits.append)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    script = [(503, ""), (429, ""), WRITTEN_SKILL]
+    capsys.readouterr()
+    script = [(503, ""), (429, ""), (200, WRITTEN)]
     with serving(lambda number: script[number - 1]) as (cfg.summarizer, asked):
         assert skill_sd.summarize(batch, None, None, cfg, None) == [(batch[0], SKILLS[0])]
     assert waits == [1, 4] and capsys.readouterr().out == ""
-    for bad in ((401, "no such user: secret"), (200, "no json"), (200, "[]"), said(None),
-                said("{}"), said(["x"]), (200, '{"choices": []}'), (200, " " * (8 << 20))):
+    for bad in ((401, "no such user: secret"), (200, math.nan), (200, {"choices": []}),
+                (200, {"choices": [{"message": {"content": None}}]}), (204, "")):
         with serving(lambda number: bad) as (cfg.summarizer, asked):
             assert skill_sd.summarize(batch, None, None, cfg, None) == []
-    with serving(lambda number: (time_is_up.wait(1), WRITTEN_SKILL)[1]) as (cfg.summarizer, asked):
+    with serving(lambda number: (200, threading.Event().wait(1) or WRITTEN)) as (
+            cfg.summarizer, asked):
         assert skill_sd.ask_server(batch[0], cfg, timeout=0.1) == "" and len(asked) == 3
     for key in ("secret", "secret\nsecret", "secret\u2026"):   # the server is gone
         monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -921,85 +825,68 @@ def test_a_bad_server_costs_skills_only(tiny, monkeypatch, capsys):
 
 
 # ---- Models, settings, the command line ----------------------------------------------------------
-def test_warm_start_learns_moves_from_ids_that_are_chats_own(runs, monkeypatch):
-    cfg = smallest(runs)
+def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path, monkeypatch):
+    cfg = smallest(tmp_path.parent)
     world = sokoban_env.make_world(cfg)
     model, tokenizer = skill_sd.load_model(cfg, world)
-    envs = [world.make_env(task) for task in world.heldout]
+    envs, chat, right = [world.make_env(task) for task in world.heldout], Chat(tokenizer), []
     games = rollout(model, tokenizer, envs, cfg, greedy=True)
     assert sum(t.counts["no_action"] for t in games) < 0.1 * sum(t.turns for t in games)
     again, _ = skill_sd.load_model(cfg, None)                  # kept: no world is needed
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    make, read, right, chat = sokoban_env.tiny_model, [], [], Chat(tokenizer)
-
-    def tiny_model(*args):
-        model = make(*args)
-        model.model.register_forward_pre_hook(
-            lambda _, args, keywords: read.extend(keywords["input_ids"].tolist()), with_kwargs=True)
-        return model
-    monkeypatch.setattr(sokoban_env, "tiny_model", tiny_model)
-    calls = recorded(monkeypatch, sokoban_env, "demonstrations")["demonstrations"]
+    calls = recorded(monkeypatch, sokoban_env, "demonstrations")
+    calls |= recorded(monkeypatch, type(model.model), "forward")
     cfg.warm_demos = 12
-    sokoban_env.warm_start(runs / "short", cfg, skill_sd.SKILL_TEXT, world.levels)
-    for messages, probs, notes in calls[0][1]:
+    sokoban_env.warm_start(tmp_path / "short", cfg, skill_sd.SKILL_TEXT, world.levels)
+    for messages, probs, notes in calls["demonstrations"][0][1]:
         row = chat.prompt("", messages[0]["content"], notes and Skill(**notes))
         for turn in range(1, len(probs)):
             move = tokenizer.convert_tokens_to_ids(messages[2 * turn - 1]["content"])
             row += [move, *chat.next_turn(messages[2 * turn]["content"], move)]
         right.append(row)
     longest = max(map(len, right))                             # one batch, padded on the right
-    assert sorted(read) == sorted(row + [0] * (longest - len(row)) for row in right)
+    ((_, ids, _), _), = calls["forward"]
+    assert sorted(ids.tolist()) == sorted(row + [0] * (longest - len(row)) for row in right)
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("Mamba", dict(state_size=4)),
-    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
-    ("Qwen3Next", dict(layer_types=["linear_attention", "full_attention"])),
-    ("Llama", dict(max_position_embeddings=1000)),
-    ("no such name", {}), ("nobody/has-this-model", {}), ("../nowhere", {}), (str(HERE), {})])
-def test_models_that_cannot_be_had_or_held_are_refused(tiny, tmp_path, name, settings):
-    message = "cannot be loaded"
+@pytest.mark.parametrize("name, settings, message", [
+    ("Mamba", dict(state_size=4), "cache"), ("Llama", dict(max_position_embeddings=1000), "=1024"),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "cache"),
+    ("Llama", dict(layer_types=["linear_attention", "full_attention"]), "cache"),
+    ("nobody/has-this-model", {}, "cannot be loaded"), (str(HERE), {}, "cannot be loaded")])
+def test_models_that_cannot_be_had_or_held_are_refused(tiny, tmp_path, name, settings, message):
     if settings:
-        if not hasattr(transformers, f"{name}Config"):
-            pytest.skip(f"this version of transformers has no {name}")
         config = getattr(transformers, f"{name}Config")(
-            vocab_size=len(tiny[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, **settings)
+            vocab_size=len(tiny[1]), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            **settings)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
         tiny[1].save_pretrained(tmp_path)
         name = str(tmp_path)
-        message = "max_context=1024" if "max_position_embeddings" in settings else "cache"
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*{message}|{message}.*{name}"):
         skill_sd.load_model(Config(model=name), None)
-    assert name in str(told.value)
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--lr -1", "lr=-1.0"), ("--lr inf", "lr=inf"), ("--lam nan", "lam=nan"),
-    ("--seed -1", "seed=-1"), ("--max-turns 0", "max_turns=0"), ("--group-size 1", "group_size=1"),
+    ("--lr inf", "lr=inf"), ("--lam nan", "lam=nan"), ("--seed -1", "seed=-1"),
+    ("--max-turns 0", "max_turns=0"), ("--group-size 1", "group_size=1"),
     ("--temperature 0", "temperature=0.0"), ("--tasks-per-iteration 5", "tasks_per_iteration=5"),
     ("--actor teacher --skill-reader nobody", "skill_reader='nobody'"),
-    ("--skill-reader student --lam 0.1", "skill_reader='student'"), ("--seeds 0", "seeds=0"),
     ("--env appworld_adapter --summarizer rules", "summarizer='rules'"),
-    ("--summarizer ruels", "summarizer='ruels'"), ("--summarizer http://x", "summarizer_model=''"),
+    ("--summarizer http://x", "summarizer_model=''"), ("--help", "(default: 16384)"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
-    ("--method ppo", "--method"), ("--device tpu", "--device"), ("--preset huge", "--preset"),
-    ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--lr fast", "--lr"),
-    ("--max-turns 1.5", "--max-turns"), ("--eval x", "--eval")])
+    ("--method ppo", "--method"), ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"),
+    ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--device tpu", "--device")])
 def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys):
     monkeypatch.setattr(skill_sd, "RANKS", 2)
     with pytest.raises(SystemExit) as end:
         main(*words.split())
-    assert told in f"{end.value} {capsys.readouterr().err}"
+    assert told in f"{end.value} {capsys.readouterr()}"
 
 
-def test_a_method_stands_over_what_is_typed_and_that_over_a_preset(capsys):
+def test_a_method_stands_over_what_is_typed_and_that_over_a_preset():
     configure, parse_args = skill_sd.configure, skill_sd.parse_args
     assert parse_args("--max-turns 7 --lr 1e-5".split()) == dict(max_turns=7, lr=1e-5)
     assert configure(parse_args([]), "skill_sd", 0) == Config()
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
-    assert "(default: 16384)" in capsys.readouterr().out
     assert all(configure(dict(preset=name), "skill_sd", 0) for name in skill_sd.PRESETS)
     assert configure(dict(env="appworld_adapter"), "skill_sd", 0).preset == "appworld"
     cfg = configure(dict(method="all", model="x", prefill="go", lam=0.5), "grpo", 3)
@@ -1007,20 +894,18 @@ def test_a_method_stands_over_what_is_typed_and_that_over_a_preset(capsys):
     assert (cfg.method, cfg.lam, cfg.seed) == ("grpo", 0.0, 3)
 
 
-RESULTS = [([0, 0.5, 1, 0], [1, 0.5, 1, 0.8]),                 # of `base` and `opd`, by seed
-           ([0, 0, 0, 0], [1, 0, 0, 0]), ([1, 1, 0, 0], [1, 1, 0, 0.4])]
-TABLES = {1: {"base": "25.0 79.5 37.5 76.1", "opd": "50.0 91.8 82.5 37.6",
-              "opd - base": "25.0 79.5 45.0 83.6"},            # 3.18 * s / sqrt(4)
-          3: {"base": "25.0 62.1 29.2 64.6", "opd": "41.7 35.8 55.8 71.9",
-              "opd - base": "16.7 35.8 26.7 43.6"}}            # 4.30 * s / sqrt(3)
-
-
-@pytest.mark.parametrize("seeds", TABLES)
-def test_main_prints_a_table_with_paired_differences(seeds, monkeypatch, capsys):
+@pytest.mark.parametrize("seeds, base, opd, difference", [     # 3.18 * s / sqrt(4), then
+    (1, "25.0 79.5 37.5 76.1", "50.0 91.8 82.5 37.6", "25.0 79.5 45.0 83.6"),
+    (3, "25.0 62.1 29.2 64.6", "41.7 35.8 55.8 71.9", "16.7 35.8 26.7 43.6")])   # 4.30 / sqrt(3)
+def test_main_prints_a_table_with_paired_differences(
+        seeds, base, opd, difference, monkeypatch, capsys):
     """Its figures were computed by hand. `base` comes along, `all` is every method."""
+    results = [([0, 0.5, 1, 0], [1, 0.5, 1, 0.8]),             # of `base` and `opd`, by seed
+               ([0, 0, 0, 0], [1, 0, 0, 0]), ([1, 1, 0, 0], [1, 1, 0, 0.4])]
+
     def train(cfg):
         asked.append((cfg.method, cfg.seed))
-        return dict(sampled=RESULTS[cfg.seed][cfg.method != "base"], greedy=[0, 1, 0, 1])
+        return dict(sampled=results[cfg.seed][cfg.method != "base"], greedy=[0, 1, 0, 1])
     monkeypatch.setattr(skill_sd, "train", train)
     for method, names in (("all", list(skill_sd.METHODS)), ("opd", ["base", "opd"])):
         asked = []
@@ -1028,142 +913,106 @@ def test_main_prints_a_table_with_paired_differences(seeds, monkeypatch, capsys)
         assert asked == [(name, seed) for seed in range(seeds) for name in names]
         out = capsys.readouterr().out
     rows = re.findall(r"^(\S+|\S+ - \S+)  +(\d.*)$", out, re.MULTILINE)
-    rows = {name: " ".join(re.findall(r"[\d.]+", row)[:4]) for name, row in rows}
-    assert rows == TABLES[seeds]
-
-
-def lifted(*pieces):
-    """The pieces, executed one after the other among a few imports and nothing else."""
-    names = {}
-    exec("import dataclasses, json, math, re, torch\nfrom dataclasses import dataclass", names)
-    for piece in pieces:
-        exec(inspect.getsource(piece), names)
-    return [names[piece.__name__] for piece in pieces]
+    assert {name: " ".join(re.findall(r"[\d.]+", row)[:4]) for name, row in rows} == {
+        "base": base, "opd": opd, "opd - base": difference}
 
 
 def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
-    logp, teacher, old = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)) - 3
-    mask, rewards = torch.arange(5) < torch.tensor([[5], [3], [0], [1]]), [0.0, 1.0, 0.3, 0.5]
-    arguments = ((logp, mask), (logp, teacher, old, mask), (rewards, 2),
-                 (logp, old, group_advantages(rewards, 2), mask, 0.2, 0.28))
-    losses = masked_mean, sdl_loss, group_advantages, grpo_loss
-    for ours, theirs, args in zip(losses, lifted(*losses), arguments):
-        assert torch.equal(ours(*args), theirs(*args))
-    _, parse, bank_of = lifted(Skill, parse_skill, SkillBank)
-    bank = bank_of(c=1.0, size=1)
-    for skill in SKILLS:
-        bank.add("t", parse(json.dumps(dataclasses.asdict(skill))))
-        bank.credit(bank.select("t"), 1.0)
+    """They run one after the other among a few imports and nothing else."""
+    names = {}
+    exec("import dataclasses, json, math, re, torch\nfrom dataclasses import dataclass", names)
+    for piece in (masked_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill,
+                  SkillBank):
+        exec(inspect.getsource(piece), names)
+    lifted, x = types.SimpleNamespace(**names), torch.zeros(2, 3)
+    lifted.sdl_loss(x, x, x, x == 0)
+    lifted.grpo_loss(x, x, lifted.group_advantages([0, 1], 2), x == 0, 0.2, 0.28)
+    bank = lifted.SkillBank(c=1.0, size=1)
+    bank.add("t", lifted.parse_skill(json.dumps(dataclasses.asdict(SKILLS[0]))))
+    bank.credit(bank.select("t"), 1.0)
     bank.load_state_dict(bank.state_dict())
-    skill = bank.select("t")["skill"]
-    assert bank.wants("t", 1.0) and dataclasses.asdict(skill) == dataclasses.asdict(SKILLS[1])
+    assert bank.wants("t", 1.0) and bank.select("t")
     monkeypatch.chdir(tmp_path)
     runpy.run_path(skill_sd.__file__)                          # importing prints and trains nothing
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@cuda
-def test_cuda_samples_as_it_scores_and_plays_as_the_cpu(tiny):
-    """In bfloat16 within 0.1; in float32 the same greedy games."""
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda(tiny):
+    """It samples as it scores, in bfloat16 within 0.1; in float32 its greedy games are the CPU's.
+    One NCCL process sums over itself alone. The peak of memory is printed beside .ci/fit.py's."""
     def play(model, greedy, **settings):
         cfg = Config(max_new_tokens=4, **settings)
         envs = [SokobanEnv(level, 1 + i % 4) for i, level in enumerate(generate_levels(6, seed=3))]
         return rollout(model, tiny[1], envs, cfg, None, torch.Generator(model.device), greedy), cfg
     model = copy.deepcopy(tiny[0]).cuda()
     batch, cfg = play(model, False, precision="bfloat16")
-    logp, mask = response_logps(model, batch, cfg)
-    sampled = torch.tensor([x for t in batch for x in t.logps])
-    assert (logp[mask].cpu() - sampled).abs().max() <= 0.1
-    torch.cuda.reset_peak_memory_stats()
-    assert one_step(model, batch, cfg)[0]["log_ratio"] == 0
-    print(f"peak of one update: {torch.cuda.max_memory_allocated() / 1e6:.1f} MB")
+    before = torch.cuda.memory_allocated()
+    metrics, _ = one_step(model, batch, cfg)
+    assert metrics["log_ratio"] == 0 and metrics["rollout_gap"] <= 0.1
+    tokens, actions = sum(len(t.prompt + t.ids) for t in batch), sum(len(t.logps) for t in batch)
+    formula = runpy.run_path(str(HERE / ".ci" / "fit.py"))["memory"](
+        (64, 192, 3, 4, 2, 16, len(tiny[1])), sum(p.numel() for p in model.parameters()), 1, 1,
+        tokens, actions, "bfloat16")
+    print(f"peak of one update {torch.cuda.max_memory_allocated() - before}, formula {formula}")
     games = [[t.ids for t in play(on, True)[0]] for on in (model, tiny[0])]
     assert games[0] == games[1]
-
-
-@cuda
-def test_cuda_one_nccl_process(tmp_path):
-    """It sums and gathers as one of two, over itself alone."""
-    words = "--device cuda --iterations 2 --tasks-per-iteration 2".split()
-    done = torchrun("tests.skill_sd.RANKS = 2\ntests.main(*tests.SMALL, *sys.argv[1:])\n"
-                    "print(tests.torch.distributed.get_backend())", 1, str(tmp_path), *words)
-    assert done.returncode == 0 and done.stdout.endswith("nccl\n"), done.stderr
+    done = torchrun("tests.torch.distributed.init_process_group('nccl')\ntests.skill_sd.RANKS = 2\n"
+                    "print(tests.skill_sd.all_sum(tests.torch.ones(2, device='cuda')).tolist())", 1)
+    assert done.stdout == "[1.0, 1.0]\n", done.stderr
 
 
 # Microban by David W. Skinner (April 2000); may be freely distributed provided it remains properly
-# credited. With each level, its optimal number of moves.
-MICROBAN = [
-    (33, "####\n# .#\n#  ###\n#*@  #\n#  $ #\n#  ###\n####"),
-    (41, "  ####\n###  ####\n#     $ #\n# #  #$ #\n# . .#@ #\n#########"),
-    (107, "###### #####\n#    ###   #\n# $$     #@#\n# $ #...   #\n#   ########\n#####"),
-    (1, "#####\n#@$.#\n#####")]
+# credited. This level takes 107 moves.
+MICROBAN = "###### #####\n#    ###   #\n# $$     #@#\n# $ #...   #\n#   ########\n#####"
 
 
 # ---- Sokoban -------------------------------------------------------------------------------------
-def test_solver_is_optimal_and_knows_hopeless_and_too_large():
-    for moves, text in [*MICROBAN, (0, "####\n#*@#\n####")]:
+def test_levels_are_read_or_refused_and_solved_optimally():
+    for text, message in (
+            ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"),
+            ("@-", "0 boxes and 0 goals"), ("@$$.", "2 boxes and 1 goals"),
+            ("##\n@$x", "line 2, column 3: unknown glyph 'x'"),
+            ("##\n.$@@", "line 2, column 4: a second player"),
+            ("\n####\n#@$.\n####", "line 3, column 2: '@' is outside"),
+            ("#####  \n#@ .# $\n#####  ", "line 2, column 7: '\\$' is outside"),
+            ("# # # # #\n# @ $ x #\n# # # # #", "line 2, column 7: unknown glyph 'x'")):
+        with pytest.raises(ValueError, match=message):
+            parse_level(text)
+    for moves, text in (0, "####\n#*@#\n####"), (5, "#####\n#+$ #\n#   #\n#####"), (107, MICROBAN):
         level = after = parse_level(text)
         assert parse_level(to_xsb(level)) == level == parse_level(render(level))
-        for letter in solve(level):
+        for letter in solve(level, state_limit=8000):          # with hopeless pushes: over 50,000
             after = after.after("UDLR".index(letter))
         assert len(solve(level)) == moves and after.completion() == 1.0
-    two = parse_level("#######\n#@$$..#\n#######")
-    assert two.after(MOVES.index("right")) is two              # nobody is that strong
-    assert solve(parse_level("#####\n#$ @#\n# . #\n#####")) is None       # a box in a corner
-    solve(parse_level(MICROBAN[1][1]), state_limit=800)        # with hopeless pushes: over 1600
     with pytest.raises(RuntimeError, match="state_limit=50"):
-        solve(parse_level(MICROBAN[2][1]), state_limit=50)
-
-
-@pytest.mark.parametrize("text, message", [
-    ("", "empty"), ("#####\n#@$x#\n#####", "line 2, column 4: unknown glyph 'x'"),
-    ("###\n# #\n###", "no player"), ("######\n#@$.@#\n######", "line 2, column 5: a second player"),
-    ("#####\n#@$$.#\n#####", "2 boxes and 1 goals"), ("###\n#@#\n###", "0 boxes and 0 goals"),
-    ("\n####\n#@$.\n####", "line 3, column 2: '@' is outside"), ("#" * 27, "27 columns"),
-    ("#####  \n#@ .# $\n#####  ", "line 2, column 7: '\\$' is outside"),
-    ("# # # # #\n# @ $ x #\n# # # # #", "line 2, column 7: unknown glyph 'x'")])
-def test_parse_level_says_line_and_column(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_level(text)
+        solve(level, state_limit=50)
+    two = parse_level("#######\n#@$$..#\n#######")
+    assert two.after(3) is two                                 # nobody is that strong
+    assert solve(parse_level("#####\n#$ @#\n# . #\n#####")) is None       # a box in a corner
 
 
 def test_generated_levels_are_exact_distinct_and_the_same_everywhere():
     given = dict(n=60, seed=11, min_moves=3, max_moves=15)
     levels = generate_levels(**given)
+    assert sokoban_env.derived_seed(*map(to_xsb, levels)) == 6184254315946153153       # a digest
     assert all(len(solve(level)) == level.moves and 3 <= level.moves <= 15 for level in levels)
-    assert all(level.boxes.bit_count() == 2 and level.completion() == 0.0 for level in levels)
     flipped = [parse_level("\n".join(map("".join, zip(*to_xsb(x).split("\n"))))) for x in levels]
     keys = set(map(canonical, flipped))
     assert len(keys) == 60 and keys == set(map(canonical, levels)) and flipped != levels
     assert keys.isdisjoint(map(canonical, generate_levels(**given, exclude=flipped)))
-    for (player, boxes), moves in random.Random(0).sample([*distances(levels[0]).items()], 40):
-        assert len(solve(dataclasses.replace(levels[0], player=player, boxes=boxes))) == moves
-    code = ("import hashlib, sokoban_env as s; print(hashlib.sha256(repr([s.to_xsb(level) for "
-            f"level in s.generate_levels(**{given})]).encode()).hexdigest()[:16])")
-    for hash_seed in "01":
-        assert "36aa645e3544f679\n" == subprocess.check_output(
-            [sys.executable, "-c", code], text=True, cwd=Path(appworld_adapter.__file__).parent,
-            env=os.environ | {"PYTHONHASHSEED": hash_seed})
     for wrong in (dict(size=3), dict(size=27), dict(boxes=0), dict(min_moves=9, max_moves=3),
                   dict(min_moves=300, max_moves=300)):         # no level is as long as that
         with pytest.raises(ValueError, match="{}={}".format(*list(wrong.items())[0])):
             generate_levels(1, seed=0, **wrong)
 
 
-@pytest.mark.parametrize("text, move", [
-    ("<answer>up</answer>", "up"), ("I go LEFT", "left"), ("up, then left", "left"),
-    ("<answer> Down! </answer> not up", "down"), ("<answer>\nup\n</answer> not left", "up"),
-    ("<answer>up</answer> or <ANSWER>right</ANSWER>", "right"), ("Right.", "right"), ("", None),
-    ("upwards uplift", None), ("<answer>jump</answer> left", None), ("\x00\ud800" * 9, None)])
-def test_action_is_read_tolerantly(text, move):
-    assert parse_action(text) == (None if move is None else MOVES.index(move))
-
-
-def test_environment_plays_counts_and_ends():
+def test_environment_reads_tolerantly_counts_and_ends():
+    for text, move in (("I go LEFT", 2), ("up, then left", 2), ("<answer>jump</answer> left", None),
+                       ("<answer> Down! </answer> not up", 1), ("upwards uplift", None),
+                       ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3)):
+        assert parse_action(text) == move
     env = SokobanEnv(parse_level("#######\n#@ $.*#\n#######"), max_turns=5)
     first = env.reset()
     assert first.endswith("\nWalls: none. Goals: e2 f2. Boxes: d2 f2. Player: b2.")
@@ -1175,39 +1024,30 @@ def test_environment_plays_counts_and_ends():
     assert done == [False] * 4 + [True] and env.completion() == 0.5
 
 
-def conversation(room, answers):
-    env = SokobanEnv(parse_level(room))
-    messages = [dict(role="user", content=env.reset())]
-    for answer in answers.split():
-        messages += [dict(role="assistant", content=answer),
-                     dict(role="user", content=env.step(answer)[0])]
-    return messages
+def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
+    def conversation(room, answers):
+        env = SokobanEnv(parse_level(room))
+        texts = [env.reset()]
+        for answer in answers.split():
+            texts += [answer, env.step(answer)[0]]
+        return [dict(role=role, content=x) for role, x in zip(("user", "assistant") * 9, texts)]
 
-
-def test_analyst_erases_loops_and_names_the_fatal_push():
-    loops = conversation("#######\n#@ $ .#\n#  $ .#\n#     #\n#######",
-                         "down up right left right right right banana down up")
-    lost_two = conversation("#######\n#  .. #\n# $@$ #\n#######", "up down left right right")
-    assert analyse(loops) == dict(
-        success_analysis="1 of 2 boxes on goals in 3 moves", mistake_analysis="none seen",
-        golden_workflow="b2 right, c2 right, d2 right")
-    assert analyse(lost_two) == dict(
-        success_analysis="0 of 2 boxes on goals in 0 moves", golden_workflow="none yet",
-        mistake_analysis="at d3 left pushed a box to b3 where it is stuck")
-
-
-def test_player_is_timid_follows_notes_and_does_not_repeat_their_mistake():
     room = "#######\n#     #\n# .$  #\n#  @  #\n#   $.#\n#######"
+    half = conversation(room, "left right right banana up left down up")       # loops erased
+    stuck = conversation(room, "up down down right")                # its first box is lost
+    lost = conversation("#######\n#  .. #\n# $@$ #\n#######", "up down left right right")
+    assert [*analyse(half).values(), *analyse(lost).values()] == [
+        "1 of 2 boxes on goals in 3 moves", "none seen", "d4 right, e4 up, e3 left",
+        "0 of 2 boxes on goals in 0 moves", "at d3 left pushed a box to b3 where it is stuck",
+        "none yet"]
     for text, timid, shares in (
-            (room, 1.0, [0, 0, 1, 0]), (room, 0.5, [0, 1 / 2, 1 / 2, 0]),  # no push, far from boxes
-            ("#####\n##@##\n##$##\n##.##\n#####", 1.0, [1 / 4] * 4),       # there is no such move
-            ("#####\n#$ @#\n# . #\n#####", 0.0, [0, 1, 0, 0])):            # all is lost
+            (room, 0.5, [0, 1 / 2, 1 / 2, 0]),                         # no push, far from boxes
+            ("#####\n##@##\n##$##\n##.##\n#####", 1.0, [1 / 4] * 4),   # there is no such move
+            ("#####\n#$ @#\n# . #\n#####", 0.0, [0, 1, 0, 0])):        # all is lost
         level = parse_level(text)
         probs = move_probs(level, level.player, level.boxes, distances(level), timid)
         assert probs == pytest.approx([0.05 / 4 + 0.95 * share for share in shares])
     env, table = SokobanEnv(parse_level(room), 4), distances(parse_level(room))
-    half, stuck = (conversation(room, answers)                 # their first box is lost in `stuck`
-                   for answers in ("left right right up left", "up down down right"))
     for notes, move in ((), "left"), (half, "right"), (stuck, "down"):
         _, probs = play_as(env, table, random.Random(0), 1.0, notes)
         assert probs[0][MOVES.index(move)] == pytest.approx(0.95 + 0.05 / 4)
@@ -1225,139 +1065,100 @@ def test_demonstrations_give_the_players_probabilities_in_other_rooms():
             seen.add((skill is not None, p == usual))
     assert seen == {(False, True), (True, True), (True, False)}        # notes make the difference
     others = [room_in(m[0]["content"]) for m, _, _ in demonstrations(**given, exclude=taken)]
-    empty = [{canonical(dataclasses.replace(room, boxes=0, player=-1)) for room in rooms}
-             for rooms in (taken, others)]
-    assert empty[0].isdisjoint(empty[1])
+    assert not {(x.walls, x.goals) for x in taken} & {(x.walls, x.goals) for x in others}
 
 
 # ---- AppWorld ------------------------------------------------------------------------------------
-def block(code):
-    return f"Let me see.\n```python\n{code}\n```\nDone."
+STAND_IN = """#!/usr/bin/env python3
+import http.server, json, os, time
+class Engine(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "experiment_name" in body:
+            os.makedirs(f"experiments/outputs/{body['experiment_name']}/tasks", exist_ok=True)
+        person = dict.fromkeys(["first_name", "last_name", "email", "phone_number"])
+        world = dict(supervisor=person, datetime=0, instruction=0, passes=passes, num_tests=2)
+        output = eval(body.get("code", "self.path != '/task_completed' and world"))
+        self.wfile.write(b"HTTP/1.0 200 OK\\r\\n\\r\\n" + json.dumps({"output": output}).encode())
+passes = [1]
+server = http.server.HTTPServer(("127.0.0.1", 0), Engine)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+ANSWER = "Let me see.\n```python\n{}\n```\nDone."
 
 
-@pytest.mark.parametrize("text, blocks", [
-    ("no code", []), ("```python\nprint(1)\n```", ["print(1)\n"]), ("```python\n```", [""]),
-    ("so:\n```python \r\na\n```  \nthen\n```python\nb\n```", ["a\n", "b\n"]),
-    ("```\nprint(1)\n```", []), ("```python print(1) ```", []),
-    ("```python\nprint(1)\n", []), ('```python\nx = """```\n"""\n```', ['x = """```\n"""\n'])])
-def test_appworld_finds_the_blocks_and_cuts_the_output(text, blocks):
-    assert appworld_adapter.BLOCK.findall(text) == blocks
+@pytest.fixture
+def env(tmp_path, monkeypatch):
+    """One task, of a turn, with an APPWORLD_PYTHON that serves expressions, not the engine."""
+    for folder in ("datasets", "tasks/abc_1"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    (tmp_path / "data/datasets/train.txt").write_text("abc_1:tag\n\n")
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("APPWORLD_ROOT", str(tmp_path))
+    monkeypatch.setenv("APPWORLD_PYTHON", str(tmp_path / "python"))
+    yield AppWorldEnv("abc_1", max_turns=1, timeout_s=1)
+    appworld_adapter.stop_servers()
+
+
+def gone(pid):
+    """True once no process of that process group is left: no server, no watcher."""
+    for _ in range(100):
+        rows = subprocess.check_output(["ps", "-A", "-o", "pgid=,stat="], text=True)
+        if not re.search(rf"^ *{pid} +[^Z]", rows, re.MULTILINE):
+            return True
+        time.sleep(0.1)
+
+
+def test_appworld_finds_the_blocks_and_cuts_the_output():
+    for text, blocks in (
+            ("```python\n```", [""]), ("```\nprint(1)\n```", []), ("```python print(1) ```", []),
+            ("so:\n```python \r\na\n```  \nthen\n```python\nb\n```", ["a\n", "b\n"]),
+            ("```python\nprint(1)\n", []), ("```python\nx = '```\n'\n```", ["x = '```\n'\n"])):
+        assert appworld_adapter.BLOCK.findall(text) == blocks
     assert cut("abcdefg", 7) == "abcdefg"
     assert cut("abcdefghij", 5) == "abc\n[... 5 characters cut here ...]\nij"
 
 
 @pytest.mark.parametrize("call, given, message", [
     ("task_ids('tra')", {}, r"split='tra' must be one of \['train'\]"),
-    ("task_ids('train')", {"ROOT": ""}, "APPWORLD_ROOT=''.*download data"),
-    ("AppWorldEnv('abc_1')", {"ROOT": "/"}, "APPWORLD_ROOT='/'.*download data"),
-    *[(f"AppWorldEnv({task!r})", {}, "task_id=.* is not in") for task in ("b", "", "..", "../b")],
+    ("task_ids('train')", {"ROOT": "/"}, "APPWORLD_ROOT='/'.*download data"),
+    ("AppWorldEnv('..')", {}, "task_id='..' is not in"),
     ("AppWorldEnv('abc_1', timeout_s=0)", {}, "timeout_s=0 must be"),
+    ("AppWorldEnv('abc_1').completion()", {}, "call reset"),
     *[("AppWorldEnv('abc_1').reset()", given, message) for given, message in (
         ({"PYTHON": "/no/such"}, "APPWORLD_PYTHON='/no/such'.*pip install appworld=="),
         ({"RUN": "echo \"No module named 'appworld'\" >&2"}, "pip install appworld=="),
         ({"RUN": "echo \"No module named 'appworld.apps.x'\" >&2"}, "appworld.cli install"),
         ({"RUN": "echo fire >&2; echo no port"}, "no AppWorld server came up .*: fire; see"),
         ({"RUN": "echo 1; sleep 60"}, "AppWorld lost: /initialize on abc_1: the server died"),
-        ({"RUN": "exec sleep 60"}, "START_SECONDS=1"))]])
-def test_appworld_errors_name_the_remedy(tmp_path, monkeypatch, call, given, message):
-    for folder in ("datasets", "tasks/abc_1"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    (tmp_path / "data/datasets/train.txt").write_text("abc_1:tag\n\n")
+        ({"RUN": "sleep 60 >&2; echo 1"}, "START_SECONDS=1"))]])
+def test_appworld_errors_name_the_remedy(env, tmp_path, monkeypatch, call, given, message):
     (tmp_path / "python").write_text(f"#!/bin/sh\n{given.get('RUN')}\n")
-    (tmp_path / "python").chmod(0o755)
-    for name, value in {"ROOT": str(tmp_path), "PYTHON": str(tmp_path / "python"), **given}.items():
+    for name, value in given.items():
         monkeypatch.setenv(f"APPWORLD_{name}", value)
-    monkeypatch.setattr(appworld_adapter, "_idle", [])
     monkeypatch.setattr(appworld_adapter, "START_SECONDS", 1)
-    begin = time.time()
-    with pytest.raises((OSError, ValueError), match=message) as caught:
+    with pytest.raises((OSError, ValueError, RuntimeError), match=message) as caught:
         eval(call, vars(appworld_adapter))
-    assert "\n" not in str(caught.value) and time.time() - begin < 20
+    assert "\n" not in str(caught.value)
 
 
-# From here on with the engine, and with the data of .ci/appworld_data.py.
-appworld_needed = pytest.mark.skipif(
-    not (os.environ.get("APPWORLD_PYTHON") and os.environ.get("APPWORLD_ROOT")),
-    reason="APPWORLD_PYTHON and APPWORLD_ROOT are not set; the README says how to install AppWorld")
-NOOP = {1: 1 / 2, 2: 1 / 3, 3: 0}              # task: score
-PLAYLIST = """
-token = apis.spotify.login(username="ada.example@example.com", password="s3cret!")["access_token"]
-mix = apis.spotify.create_playlist(access_token=token, title="Mix", is_public=False)["playlist_id"]
-"""
-SONGS = PLAYLIST + """
-for song in apis.spotify.show_song_library(access_token=token):
-    apis.spotify.add_song_to_playlist(access_token=token, playlist_id=mix, song_id=song["song_id"])
-apis.supervisor.complete_task()"""
-EPISODES = [     # task, code (none: a bare answer), part of the observation, what is counted, score
-    (1, "apis.supervisor.complete_task(answer='Bravo')", "successful", None, 1),
-    (2, SONGS, "successful", None, 1), (2, PLAYLIST, "successful", None, 2 / 3),
-    (3, "apis.supervisor.complete_task(status='fail')", "successful", "failed_status", 0),
-    (1, "", "Nothing was run", "no_block", 1 / 2),
-    (2, "print(41 + 1)\n```\n```python\nprint('other')", "[The answer has 2 code blocks; only the "
-     "first was run.]\n42\n", "several_blocks", 1 / 3),
-    (3, "print((", "Syntax error in line:", "syntax_error", 0),
-    (3, "x = \0", "Syntax error in line:", "syntax_error", 0),
-    (3, "while True:\n    pass", "timed out after 5 seconds", "timeout", 0),
-    (3, "print('x' * 601)", "[... 2 characters cut here ...]", "cut", 0),
-    (3, "print('x' * 10**7)\n" * 3, "[29000003 more characters printed]", "cut", 0),
-    (3, "raise ValueError('x' * 10**6)", "characters cut here", "cut", 0),
-    (3, "print('\ud800', '\\ud800')", "? ?\n", None, 0),
-    (3, "import os\nprint(*os.environ)", "APPWORLD_ROOT", None, 0),
-    *[(3, "x = bytes(6 * 10**9)", "MemoryError", None, 0)] * (sys.platform == "linux")]
-
-
-@appworld_needed
-def test_appworld_plays_four_worlds_at_once(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "for the servers to be started with it around")
-    appworld_adapter.stop_servers()
-    assert [noop_score(f"a1c000{n}_1") for n in NOOP] == pytest.approx(list(NOOP.values()))
-
-    def play(episode):
-        task, code, told, counted, score = episode
-        env = AppWorldEnv(f"a1c000{task}_1", max_turns=2, max_chars=600, timeout_s=5)
-        first = env.reset()
-        assert "Ada Example" in first and "2 answers" in first and "2023-05-18" in first
-        assert env.completion() == pytest.approx(NOOP[task])
-        text, done = env.step(code and block(code))
-        assert told in text and len(text) < 700 and "other" not in text and "OPENAI" not in text
-        assert {name: n for name, n in env.counts.items() if n} == ({counted: 1} if counted else {})
-        assert done == ("complete_task" in code)
-        if not done:
-            assert env.step(block("print('still here')")) == ("still here\n", True)
-        env.close()
-        assert env.completion() == pytest.approx(score)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(play, EPISODES))
-    assert len(appworld_adapter._running) == len(appworld_adapter._idle) == 4
-
-
-def gone(pid):
-    """True once no process of that process group is left: no server, no watcher."""
-    for _ in range(100):
-        rows = subprocess.check_output(["ps", "-A", "-o", "pgid=,stat="], text=True).splitlines()
-        if not any(row.split()[0] == str(pid) and "Z" not in row for row in rows):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-@appworld_needed
-def test_appworld_servers_are_reused_recycled_and_replaced(monkeypatch):
-    env = AppWorldEnv("a1c0003_1", max_turns=1)
+def test_appworld_servers_are_reused_recycled_and_replaced(env, monkeypatch):
     env.reset()
     server = env._server
-    env.step(block("x = 1"))
     env.reset()
-    assert env._server is server and "NameError" in env.step(block("print(x)"))[0]
-    server.process.kill()                          # after its episode: that keeps its score
+    assert env._server is server and env.step("no code")[1]
+    server.process.kill()                          # after its episode, which keeps its score
     env.close()
-    assert env.completion() == 0 and not env.counts["lost"]
+    assert env.completion() == 1 / 2 and not env.counts["lost"]
     env.reset()
     env.close()
     appworld_adapter._idle[-1].process.kill()      # and while it has none
     env.reset()
-    assert env.completion() == 0 and not env.counts["lost"]
+    assert env.completion() == 1 / 2 and not env.counts["lost"]
     server = env._server
+    assert (server.folder / "tasks").exists()
     monkeypatch.setattr(appworld_adapter, "RESETS_PER_SERVER", 1)
     subprocess.run(["pkill", "-KILL", "-P", str(server.process.pid)])     # without its watcher too
     env.close()
@@ -1365,97 +1166,96 @@ def test_appworld_servers_are_reused_recycled_and_replaced(monkeypatch):
     assert server.log.exists() and not (server.folder / "tasks").exists()
 
 
-@appworld_needed
 @pytest.mark.parametrize("target, value, code, told", [
-    (None, None, "print(1)", "/execute .*died"), (None, None, "", "/evaluate .*died"),
-    (None, None, None, None), ("ANSWER_BYTES", 3, "", "HTTP 200, .*at most 3"),
+    ("RESETS_PER_SERVER", 9, "os.kill(os.getpid(), 9)", "/execute .*died"),
+    ("ANSWER_BYTES", 3, "", "/evaluate .*HTTP 200, .*at most 3"), ("ANSWER_BYTES", 3, None, None),
     ("json.loads", Mock(return_value={}), "", "nonsense"),
-    ("json.loads", Mock(side_effect=KeyboardInterrupt), None, None),
-    ("GRACE_SECONDS", 1, "sum(range(10**12))", "no answer in 2 s")])       # no alarm is heard in it
-def test_appworld_server_lost_in_mid_episode(monkeypatch, target, value, code, told):
-    env = AppWorldEnv("a1c0003_1", max_turns=1, timeout_s=1)
-    with pytest.raises(RuntimeError, match="call reset"):
-        env.completion()
+    ("json.loads", Mock(side_effect=KeyboardInterrupt), "", "never told"),
+    ("GRACE_SECONDS", 1, "time.sleep(60)", "no answer in 2 s")])
+def test_appworld_server_lost_in_mid_episode(env, monkeypatch, target, value, code, told):
     env.reset()
     server = env._server
-    if target:
-        monkeypatch.setattr(f"appworld_adapter.{target}", value)
-    else:
-        server.process.kill()
-    if told:
-        text, done = env.step(code and block(code))
-        assert re.search(told, text) and "\n" not in text and done
-    elif target:
-        with pytest.raises(KeyboardInterrupt):
-            env.close()
+    with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
+        broken.setattr(f"appworld_adapter.{target}", value)
+        if told:
+            text, done = env.step(code and ANSWER.format(code))
+            assert re.search(told, text) and "\n" not in text and done
+        env.completion()
     assert math.isnan(env.completion()) and env.counts["lost"] == 1 and gone(server.process.pid)
     with pytest.raises(RuntimeError, match="call reset"):
         env.step("hello")
-    monkeypatch.undo()
     env.reset()
-    assert env.step(block("print(7)")) == ("7\n", True) and env.counts["lost"] == 0
-    env.close()
+    assert env.step(ANSWER.format("'7'")) == ("7", True) and env.counts["lost"] == 0
 
 
-@appworld_needed
-@pytest.mark.parametrize("end", ["", "1 / 0", "SIGINT", "SIGTERM", "SIGKILL"])
-def test_appworld_no_server_outlives_its_parent(end):
-    code = f"""
-import appworld_adapter, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)       # ignored in a shell's background job
-server = appworld_adapter.take_server()
-(server.folder / "tasks").mkdir()
-print(server.process.pid, server.folder, flush=True)
-{f"signal.raise_signal(signal.{end})" if "SIG" in end else end}"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                           cwd=Path(appworld_adapter.__file__).parent)
-    pid, folder = ended.stdout.split()
-    assert gone(pid) and Path(folder, "tasks").exists() == (end in ("SIGTERM", "SIGKILL"))
+@pytest.mark.parametrize("end", ["'end'", "os.kill(os.getppid(), 9)"])
+def test_appworld_command_line_and_no_server_outlives_it(env, tmp_path, end):
+    command = [sys.executable, "-u", appworld_adapter.__file__]
+    assert subprocess.check_output(command, text=True) == "train: abc_1\n"
+    code = f"str(passes.append(1) or os.getpid())\n\n{end}\n\n"
+    told = subprocess.run([*command, "abc_1"], input=code, stdout=subprocess.PIPE, text=True).stdout
+    assert gone(re.search(r"^\d+$", told, re.MULTILINE)[0])
+    if "kill" not in end:
+        assert "completion 1.00, doing nothing 0.50" in told
+        assert not [*tmp_path.glob("experiments/outputs/*/*/tasks")]
 
 
-@appworld_needed
-def test_appworld_command_line():
-    command = [sys.executable, appworld_adapter.__file__]
-    assert "dev: a1c0005_1 a1c0006_1\n" in subprocess.check_output(command, text=True)
-    code = "print(6 * 7)\n\napis.supervisor.complete_task(answer='Bravo')\n\n"
-    played = subprocess.check_output(command + ["a1c0001_1"], input=code, text=True)
-    assert "42\n" in played and "completion 1.00, doing nothing 0.50" in played
+@pytest.mark.skipif(
+    not (os.environ.get("APPWORLD_PYTHON") and os.environ.get("APPWORLD_ROOT")),
+    reason="needs APPWORLD_PYTHON, APPWORLD_ROOT and the data of .ci/appworld_data.py; see README")
+def test_appworld_plays_two_worlds_at_once(monkeypatch):
+    solved = "apis.supervisor.complete_task(answer='Bravo')"
+    episodes = [     # code (none: a bare answer), part of the observation, what is counted
+        (solved, "successful", None), ("", "Nothing was run", "no_block"),
+        ("apis.supervisor.complete_task(status='fail')", "successful", "failed_status"),
+        ("print(41 + 1)\n```\n```python\nprint('other')",
+         "[The answer has 2 code blocks; only the first was run.]\n42\n", "several_blocks"),
+        ("print((", "Syntax error in line:", "syntax_error"),
+        ("while True:\n    pass", "timed out after 5 seconds", "timeout"),
+        ("print('x' * 10**7)\n" * 3, "[29000003 more characters printed]", "cut"),
+        ("import os\nprint('\ud800', '\\ud800', *os.environ)", "? ? ", None),
+        *[("x = bytes(6 * 10**9)", "MemoryError", None)] * (sys.platform == "linux")]
+
+    def play(code, told, counted):
+        env = AppWorldEnv("a1c0001_1", max_turns=2, max_chars=600, timeout_s=5)
+        first = env.reset()
+        assert "Ada Example" in first and "2 answers" in first and "2023-05-18" in first
+        assert env.completion() == 1 / 2
+        text, done = env.step(code and ANSWER.format(code))
+        assert told in text and len(text) < 700 and "other" not in text and "OPENAI" not in text
+        assert {name: n for name, n in env.counts.items() if n} == ({counted: 1} if counted else {})
+        assert done == ("complete_task" in code)
+        if not done:
+            assert env.step(ANSWER.format("print('x' in dir())\nx = 1")) == ("False\n", True)
+        env.close()
+        assert env.completion() == (1 if code == solved else 1 / 2)
+
+    monkeypatch.setenv("OPENAI_API_KEY", "for the servers to be started with it around")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(play, *zip(*episodes)))
+    assert len(appworld_adapter._running) == len(appworld_adapter._idle) == 2
+    appworld_adapter.stop_servers()
 
 
 # ---- hostile text --------------------------------------------------------------------------------
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
-HOSTILE = CONTROL + [
-    *"#_ $.@*+\n\t\r{}[]\"\\,:\x00\x7f\x85\u0131\u0130\u2028\u202e\ufeff\U0001f600\ud800\udfff",
-    "<answer>", "</answer>", "<ANSWER", "up", "LEFT", "r\u0131ght", "R\u0130GHT", "$.", "# ", "\n#",
-    '{"a":', '{"a":[', "[],", '"\\ud800"', "\\u0000", "NaN", "-Infinity", "1e999", "9" * 5000,
-    '"golden_workflow": 1e999', "\x1b[2J", "e\u0301", "\udcff\udcc0\udcafup"]
-LONG = [piece * (size // len(piece)) for size in (99_000, 1 << 20) for piece in HOSTILE]
-LONG += ["#" * 500_000 + "\n#" * 250_000, "# " * 500_000 + "x"]        # one wide row, many rows
-LONG += ["\n".join(["#" * n, *["#" + "$." * (n // 2 - 1) + "#"] * n, "#@".ljust(n - 1) + "#",
-                   "#" * n]) for n in (26, 1000)]                      # as many boxes as can be
-SKILL = json.dumps(dict(success_analysis="went up", mistake_analysis="none seen",
-                        golden_workflow="b2 up, b3 left", more=[{"a": [1e9, None]}]), indent=1)
-VALID = {parse_skill: [SKILL, f"Sure:\n```json\n{SKILL}\n```\nDone."],
-         parse_level: [text for _, text in MICROBAN] + [render(parse_level(MICROBAN[0][1]))],
-         parse_action: ["<answer>up</answer>", "I go LEFT", "no. <ANSWER> Down! </answer> not up"]}
+HOSTILE = [
+    *"#_ $.@*+\n\t\r{}[]\"\\,:\x00\x85\u0131\u2028\U0001f600\ud800", "\n#", "$.", "NaN", "9" * 5000,
+    "<answer>", "</answer>", "<ANSWER", "up", "LEFT", "r\u0131ght", "R\u0130GHT", "\udcffup",
+    '{"a":', '{"a":[', "[],", '"\\ud800"', '"golden_workflow": 1e999']
+LONG = [piece * ((1 << 20) // len(piece)) for piece in HOSTILE] + [
+    "#" * 500_000 + "\n#" * 250_000, "# " * 500_000 + "x",                 # one wide row, many rows
+    "#" * 26 + ("\n#" + "$." * 12 + "#") * 26 + "\n#@".ljust(26) + "#\n" + "#" * 26]     # all boxes
+SKILL = '''{"success_analysis": "up", "mistake_analysis": "none",
+"golden_workflow": "b2 up", "more": [{"a": [1e9, null]}]}'''
 
 
-def mutated(rng, text):
-    """`text` with some of its characters or words left out, doubled, swapped or replaced."""
-    for _ in range(rng.randint(1, 4)):
-        parts = rng.choice([list(text), re.findall(r'"[^"]*"|\w+|\W', text)])
-        i, j = rng.choices(range(len(parts) + 1), k=2)         # after the last: nothing to replace
-        a, b = parts[i:i + 1], parts[j:j + 1]
-        parts[j:j + 1], parts[i:i + 1] = rng.choice(
-            [(b, []), (b, a + a), (a, b), (b, [rng.choice(HOSTILE)])])
-        text = "".join(parts)
-    return text
-
-
-@pytest.mark.parametrize("parse", VALID)
-def test_parsers_survive_hostile_text(parse):
-    rng, env, taken = random.Random(0), SokobanEnv(parse_level(MICROBAN[3][1]), max_turns=2), 0
-    texts = LONG + [mutated(rng, rng.choice(VALID[parse])) for _ in range(500)]
+@pytest.mark.parametrize("parse, valid", [
+    (parse_skill, [SKILL, f"Sure:\n```json\n{SKILL}\n```\nDone."]),
+    (parse_level, [MICROBAN, render(parse_level(MICROBAN)), "#####\n#+$*#\n#####"]),
+    (parse_action, ["I go LEFT", "no. <ANSWER> Down! </answer> not up <answer>up"])])
+def test_parsers_survive_hostile_text(parse, valid):
+    texts, taken = LONG + [text.replace(old, new, 1) for text in valid for new in ["", *HOSTILE]
+                           for old in sorted({*text, *re.findall(r'"[^"]*"|\w+', text)})], 0
     for text in texts:
         try:
             read = parse(text)
@@ -1468,9 +1268,5 @@ def test_parsers_survive_hostile_text(parse):
         elif parse == parse_level:
             assert parse_level(to_xsb(read)) == read == room_in(SokobanEnv(read).reset())
         else:
-            env.reset()
-            observation, done = env.step(text)
             assert read is None or MOVES[read] in text.lower()
-            assert env.state == (env.level if read is None else env.level.after(read))
-            assert room_in(observation) == env.state and done == (env.completion() == 1)
     assert 10 < taken < len(texts)
