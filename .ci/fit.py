@@ -71,7 +71,7 @@ def measure(phase, precision, share):
         before = status("VmRSS")
         model = llama(shape)
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        teacher = copy.deepcopy(model).requires_grad_(False)   # held for its memory
+        _teacher = copy.deepcopy(model).requires_grad_(False)   # held for its memory
         optimizer = torch.optim.AdamW(model.parameters())
         skill_sd.update(model, optimizer, conversations(1, 64, 0.5), cfg)      # AdamW has its state
     Path("/proc/self/clear_refs").write_text("5")              # the peak is counted anew
