@@ -1203,7 +1203,7 @@ def test_appworld_command_line_and_no_server_outlives_it(env, tmp_path, end):
 @pytest.mark.skipif(
     not (os.environ.get("APPWORLD_PYTHON") and os.environ.get("APPWORLD_ROOT")),
     reason="needs APPWORLD_PYTHON, APPWORLD_ROOT and the data of .ci/appworld_data.py; see README")
-def test_appworld_plays_two_worlds_at_once(monkeypatch):
+def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
     solved = "apis.supervisor.complete_task(answer='Bravo')"
     episodes = [     # code (none: a bare answer), part of the observation, what is counted
         (solved, "successful", None), ("", "Nothing was run", "no_block"),
@@ -1234,6 +1234,13 @@ def test_appworld_plays_two_worlds_at_once(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(play, *zip(*episodes)))
     assert len(appworld_adapter._running) == len(appworld_adapter._idle) == 2
+    cfg = smallest(tmp_path, env="appworld_adapter", summarizer="self", iterations=2, group_size=2,
+                   tasks_per_iteration=2, max_turns=2, max_context=4000, rollout_batch=2,
+                   summary_tokens=4, warm_demos=64, curriculum=0.0)
+    noop = [appworld_adapter.noop_score(task) for task in appworld_adapter.task_ids("dev")]
+    assert skill_sd.train(cfg) == dict(sampled=noop, greedy=noop)        # it has no word for code
+    log = (skill_sd.run_folder(cfg) / "log.jsonl").read_text().splitlines()
+    assert [(x["count_no_block"], x["lost"]) for x in map(json.loads, log)] == [(2, 0)] * 2
     appworld_adapter.stop_servers()
 
 
