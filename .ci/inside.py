@@ -34,7 +34,7 @@ def inside(model, tokenizer, world, cfg, n=128):
         generator = torch.Generator(model.device).manual_seed(
             sokoban_env.derived_seed("inside", skills is not None))
         played = rollout(model, tokenizer, [world.make_env(task) for task in tasks],
-                         replace(cfg, skill_reader="student"), skills, generator)
+                         replace(cfg, skill_reader="student", lam=0.0), skills, generator)
         print(f"solved {name}: {100 * np.mean([t.reward == 1 for t in played]):.1f} %")
         return played
 
