@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What must stay true: `python -m pytest -q`, on a CPU, about two minutes on two cores."""
+"""What must stay true: `python -m pytest -q`, on a CPU, about a minute on two cores."""
 import contextlib
 import copy
 import dataclasses

@@ -46,7 +46,7 @@ def memory(shape, parameters, rows, slots, tokens, actions, precision):
     cache = layer_cache * (layers + max(1, heads // key_heads))
     layer = tokens * (8 * width + 6 * mlp) * size
     inputs = 4 * layers * tokens * width
-    return dict(play=16 * parameters + cast + cache,           # student, teacher, AdamW's two
+    return dict(play=16 * parameters + cast + cache,           # student, teacher, Adam's two
                 update=20 * parameters + cast + inputs + max(layer, 12 * actions * vocabulary))
 
 
@@ -71,9 +71,9 @@ def measure(phase, precision, share):
         before = status("VmRSS")
         model = llama(shape)
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        _teacher = copy.deepcopy(model).requires_grad_(False)   # held for its memory
-        optimizer = torch.optim.AdamW(model.parameters())
-        skill_sd.update(model, optimizer, conversations(1, 64, 0.5), cfg)      # AdamW has its state
+        teacher = copy.deepcopy(model).requires_grad_(False)   # held for its memory
+        optimizer = torch.optim.Adam(model.parameters())
+        skill_sd.update(model, optimizer, conversations(1, 64, 0.5), cfg)      # Adam has its state
     Path("/proc/self/clear_refs").write_text("5")              # the peak is counted anew
     rows, slots = 16 if phase == "play" else 4, 768
     if phase == "play":
