@@ -41,7 +41,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -83,7 +83,7 @@ class Config:
     skill_shown: Literal["own", "other", "empty"] = "own"  # controls: another task's, or no words
     clip_low: float = 0.2            # eps_l; 0.2 and 0.28 are reported second-hand     CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
-    lr: float = 1e-3                 # of Adam; 1e-6 is usual for billions of weights     CHOICE
+    lr: float = 1e-3                 # of Adam; 1e-6 is usual for billions of weights   CHOICE
     max_grad_norm: float = 1.0       # gradients are clipped to this norm               CHOICE
     temperature: float = 1.0         # of sampling and of scoring alike                 CHOICE
     summarizer: str = "rules"        # rules (Sokoban's analyst), self, or http://HOST/v1
@@ -450,6 +450,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                     for part in tqdm(parts, "rollout", leave=False, disable=None)], [])
     model.eval()
     chat, decoder = Chat(tokenizer, cfg.prefill, cfg.max_skill_tokens), Decoder(model, cfg)
+    render = cache(chat.prompt)                # rollouts of one task share their prompts
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
     limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # + 2: "\n\n"
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
@@ -458,7 +459,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         lambda call, *rows: [call(*row) for row in zip(*rows)])
     trajectories, playing, chunks = [], [], []
     for env, task, skill in zip(envs, run(lambda env: env.reset(), envs), skills):
-        prompts = [chat.prompt(env.system_prompt, task, shown) for shown in (None, skill)]
+        prompts = [render(env.system_prompt, task, shown) for shown in (None, skill)]
         trajectories.append(t := Trajectory(
             env.task_id, skill, *prompts, [dict(role="user", content=task)],
             counts=dict(cut_answers=0, truncated=int(len(prompts[0]) > limit))))
@@ -475,7 +476,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         still, chunks = [], []
         for row, ((t, env), (ids, logps), (observation, done)) in enumerate(
                 zip(playing, answers, steps)):
-            following = chat.next_turn(observation, ids[-1])
+            following = [] if done else chat.next_turn(observation, ids[-1])
             t.ids += ids
             t.mask += [True] * len(ids)
             t.logps += logps
@@ -528,12 +529,12 @@ def response_logps(model, trajectories, cfg, with_skill=False):
 
 def micro_batches(trajectories, max_tokens):
     """Lists of trajectories of similar length: at most max_tokens when padded, or one alone."""
-    batches = [[]]
-    for t in sorted(trajectories, key=lambda t: len(t.skill_prompt + t.ids)):
-        if (len(batches[-1]) + 1) * len(t.skill_prompt + t.ids) > max_tokens and batches[-1]:
+    batches = []
+    for t in sorted(trajectories, key=lambda t: len(t.skill_prompt) + len(t.ids)):
+        if not batches or (len(batches[-1]) + 1) * (len(t.skill_prompt) + len(t.ids)) > max_tokens:
             batches.append([])
         batches[-1].append(t)
-    return [batch for batch in batches if batch]
+    return batches
 
 
 # ---- Losses, Eq. 10-14. Pure functions of tensors: lift them into any trainer --------------------
@@ -558,8 +559,7 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), a scalar. No KL to a reference.
-    logp_student, logp_old, mask: (B, T); adv: (B,). Padding may hold anything. Needs:
-    torch, masked_mean."""
+    logp_*, mask: (B, T); adv: (B,). Padding may hold anything. Needs: torch, masked_mean."""
     mask = mask.bool()
     # Eq. 10: r = pi_theta(y) / pi_theta_old(y)
     ratio = torch.where(mask, logp_student - logp_old, 0.0).exp()        # (B, T)
@@ -657,14 +657,14 @@ def pick_tasks(tasks, cfg, k):
     """This process's tasks of iteration k. CHOICE: from the easiest quarter at first, then more."""
     tasks, mine = tasks[RANK::RANKS], cfg.tasks_per_iteration // RANKS
     opened = 0.25 + 0.75 * k / (cfg.curriculum * cfg.iterations) if cfg.curriculum else 1.0
-    n = min(len(tasks), max(mine, round(opened * len(tasks))))
-    return random.Random(derived_seed(cfg.seed + 10**6 * RANK, "tasks", k)).sample(tasks[:n], mine)
+    easiest = tasks[:max(mine, round(opened * len(tasks)))]
+    return random.Random(derived_seed(cfg.seed + 10**6 * RANK, "tasks", k)).sample(easiest, mine)
 
 
 def shown_skill(bank, task_id, entry, cfg, k):
     """S(x). Controls: a random skill of another task (its own if none), or an empty one."""
-    others = [e for task, entries in bank.entries.items() if task != task_id for e in entries]
     if entry and cfg.skill_shown == "other":
+        others = [e for task, entries in bank.entries.items() if task != task_id for e in entries]
         entry = random.Random(derived_seed(cfg.seed, "other", k, task_id)).choice(others or [entry])
     return entry and (Skill("", "", "") if cfg.skill_shown == "empty" else entry["skill"])
 

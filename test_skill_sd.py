@@ -70,7 +70,8 @@ def smallest(out, **settings):
     """A Config that trains in seconds and comes back to its tasks."""
     return Config(**dict(
         out=str(out), iterations=4, tasks_per_iteration=3, train_levels=3, test_levels=8, lr=1e-2,
-        group_size=4, max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800) | settings)
+        group_size=4, max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800,
+        device="cpu") | settings)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -556,8 +557,10 @@ def test_updates_move_rho_are_clipped_and_stop_at_what_is_not_finite(tiny):
     assert metrics["rho_minus_1"] > 1e-4 and metrics["rollout_gap"] < 1e-4   # logp_old stays
     assert 0 < metrics["clip_fraction"] < 1                    # the share of tokens that fell
     before = copy.deepcopy(model.state_dict())
-    batch[0].logp_teacher = torch.full_like(batch[0].logp_old, 800.0)     # value e**800, slope -800
-    for cfg.lam, message in ((1.0, "'sdl_loss': inf"), (math.nan, "gradient norm nan")):
+    for cfg.lam, teacher, message in (         # of 800 the value is e**800, the slope -800
+            (math.nan, -1.0, "gradient norm nan"), (1.0, 800.0, "'sdl_loss': inf"),
+            (math.nan, 800.0, "gradient norm nan")):
+        batch[0].logp_teacher = torch.full_like(batch[0].logp_old, teacher)
         with pytest.raises(FloatingPointError, match=message):
             one_step(model, batch, cfg, lr=1.0)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
@@ -577,9 +580,10 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
         float(method != "opd"), 1.0 if method == "opd" else 0.1 * teacher_reads,
         dict(other_skill="other", empty_skill="empty").get(method, "own"))
     cfg.lam = 0.1                              # no teacher is asked for all that where none reads
-    real, due, written = skill_sd.rollout, [], []
+    real, due, written, seeds = skill_sd.rollout, [], [], set()
 
     def lossy(model, tokenizer, envs, *args, **keywords):
+        seeds.update(generator.initial_seed() for generator in args[2:])   # not of the held-out
         out = real(model, tokenizer, envs, *args, **keywords)
         for t, *ends in zip(out[:12 if len(envs) == 12 else 2], rewards, turns):
             t.reward, t.turns = ends           # of the held-out tasks, only of two
@@ -587,7 +591,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
     monkeypatch.setattr(skill_sd, "rollout", lossy)
     calls = recorded(monkeypatch, skill_sd, "rollout", "sample_answers", "shown_skill", "update",
                      "sync_teacher", "score_as_teacher", "summarize")
-    calls |= recorded(monkeypatch, SkillBank, "select", "credit", "add")
+    calls |= recorded(monkeypatch, SkillBank, "select", "wants", "credit", "add")
     result, folder = skill_sd.train(cfg), skill_sd.run_folder(cfg)
     read = [chunks for (_, chunks, *_), _ in calls["sample_answers"]]
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
@@ -607,7 +611,11 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
         (chosen, *_), skills = calls["summarize"][k]
         assert {id(t) for t in chosen} <= {id(out[3]), id(out[6])}
         assert len(chosen) == 2 * writes or k > 0
+        wanted = [ok for _, ok in calls["wants"][2 * k:2 * k + 2]]
+        assert [id(t) for t in chosen] == [
+            id(t) for t, ok in zip((out[3], out[6]), wanted) if ok]
         written += [(t.task_id, skill, t.reward) for t, skill in skills]
+    assert len(seeds) == 4                     # no iteration repeats another
     assert due == [(entry, reward) for (_, entry, reward), _ in calls["credit"]]
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
     assert [args[1] is student is not args[0] for args, _ in calls["sync_teacher"]] == [True] * (
@@ -622,7 +630,9 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
         (5 / 12, k > 0 and writes, k > 0 and teacher_reads) for k in range(4)]
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
-    typed = dict(model=str(folder / "student"), out=cfg.out)
+    cfg.save_every = 99                        # may change when a run goes on
+    assert skill_sd.run_folder(cfg) == folder
+    typed = dict(model=str(folder / "student"), out=cfg.out, device="cpu")
     again = skill_sd.configure(typed, "base", cfg.seed)        # its settings, less the method's
     assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
     assert skill_sd.train(again) == result

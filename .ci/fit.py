@@ -91,6 +91,7 @@ def measure(phase, precision, share):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--measure", nargs="?", type=int, const=len(SETTINGS), default=0)
+    args = parser.parse_args()
     print("model         parameters   play  update   update with one copy       (GB)")
     for name, shape in SHAPES.items():
         with torch.device("meta"):
@@ -101,7 +102,7 @@ def main():
               f"{(need['update'] - 4 * n) / 1e9:23.0f}")
     # In the child every tensor has pages of its own, which are given back at once.
     env = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_MMAP_MAX_="1000000")
-    for phase, precision, share in SETTINGS[:parser.parse_args().measure]:
+    for phase, precision, share in SETTINGS[:args.measure]:
         peak, formula = map(int, subprocess.check_output(
             [sys.executable, "-W", "ignore", "-c",
              f"import fit; fit.measure({phase!r}, {precision!r}, {share})"],
