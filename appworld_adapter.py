@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The real AppWorld (Trivedi et al., 2024, https://appworld.dev) as an environment.
 
-    python3 -m venv .venv-appworld && .venv-appworld/bin/pip install appworld==0.1.3.post1
+    python3.11 -m venv .venv-appworld && .venv-appworld/bin/pip install appworld==0.1.3.post1
     .venv-appworld/bin/appworld install                         # unpack the code of the apps
+    .venv-appworld/bin/appworld verify tests
     .venv-appworld/bin/appworld download data --root ROOT       # DELETES an existing ROOT/data
+    .venv-appworld/bin/appworld verify tasks --root ROOT
     export APPWORLD_PYTHON=.venv-appworld/bin/python APPWORLD_ROOT=ROOT
     python appworld_adapter.py [TASK_ID]                        # list the tasks, or play one
 
@@ -15,12 +17,13 @@ process, however it ends. Needs a POSIX sh; APPWORLD_CACHE, if set, is passed on
 SAFETY. Code that a model writes runs in the server process WITH YOUR RIGHTS: your files, your
 network. AppWorld blocks some calls (open, subprocess ...); that stops accidents, not intent: it is
 no sandbox. Servers listen on loopback only, but anybody on this machine can reach them there. They
-get a bare environment, so that no key of yours can be printed. For a wall, use a container:
+get a bare environment, so that no key of yours can be printed. The answers to the tasks lie in the
+data, too: a block that names their place is counted as `answer_key`. For a wall, use a container:
 
     docker run --rm --init --gpus all --network none -v "$PWD":/work -w /work \\
         -v "$APPWORLD_ROOT":/appworld -e APPWORLD_ROOT=/appworld \\
         -e APPWORLD_PYTHON=/opt/appworld/bin/python IMAGE \\
-        python skill_sd.py --env appworld --model DIR
+        python skill_sd.py --env appworld_adapter --model DIR
 
 A server outlives an episode, and so does what the code did to Python's own modules in it.
 """
@@ -36,6 +39,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import types
 from pathlib import Path
@@ -48,7 +52,9 @@ MEMORY_BYTES = 4 << 30     # address space of a server; only where the system en
 PRINT_CHARS = 1_000_000    # what a server keeps of the output of one block
 ANSWER_BYTES = 16 << 20    # longest HTTP answer accepted
 
-INSTALL = ("python3 -m venv .venv-appworld && .venv-appworld/bin/pip install "
+DATA_VERSION = "0.1.0"     # that the engine of this version was made for
+
+INSTALL = ("python3.11 -m venv .venv-appworld && .venv-appworld/bin/pip install "
            "appworld==0.1.3.post1 && export APPWORLD_PYTHON=.venv-appworld/bin/python")
 UNPACK = "$APPWORLD_PYTHON -m appworld.cli install"
 DOWNLOAD = ("export APPWORLD_ROOT=SOME_FOLDER && "
@@ -73,6 +79,10 @@ def appworld_data():
     if not value or not (data / "datasets").is_dir() or not (data / "tasks").is_dir():
         raise ValueError(f"APPWORLD_ROOT={value!r} has no data/datasets and data/tasks; "
                          f"run: {DOWNLOAD}")
+    version = data / "version.txt"
+    if version.exists() and version.read_text().strip() != DATA_VERSION:
+        raise ValueError(f"APPWORLD_ROOT={value!r} holds data of version "
+                         f"{version.read_text().strip()!r}, not {DATA_VERSION}; run: {DOWNLOAD}")
     return data
 
 
@@ -95,15 +105,20 @@ exec 3<&0 </dev/null
 ulimit -v "$1" 2>/dev/null; shift
 exec "$@" 3<&-
 """
-# The app of `appworld serve environment`, with two differences. It listens on loopback, on a port
-# that the kernel chooses (so none can be taken) and that it tells us once it listens. And what a
-# block prints is bounded while it prints: else it fills memory, the engine's log and the answer.
+# The app of `appworld serve environment`, with differences. It listens on loopback, on a port that
+# the kernel chooses (so none can be taken) and that it tells us once it listens. What a block
+# prints is bounded while it prints: else it fills memory, the engine's log and the answer. A block
+# that catches Exception cannot outlive its time; KeyboardInterrupt and infinity are no errors of
+# the engine's.
 SERVER = """
-import os, sys
+import json, os, signal, sys
 ready = os.dup(1)
 os.dup2(2, 1)
 import io, socket, uvicorn
 import IPython.utils.capture
+import appworld.environment
+import starlette.responses
+from IPython.core.interactiveshell import ExecutionResult
 import appworld.apps.supervisor.constants
 from appworld.serve.environment import app
 
@@ -118,7 +133,34 @@ class Printed(io.StringIO):
         text = super().getvalue().encode("utf-8", "replace").decode()
         return text + f"\\n[{self.dropped} more characters printed]" * (self.dropped > 0)
 
+class Overrun(BaseException):
+    pass
+
+def timeout_call(function, timeout_seconds, **given):
+    def stop(signum, frame):
+        raise Overrun
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, timeout_seconds, 1.0)     # again, if it goes on
+    try:
+        result = function(**given)
+        return None if isinstance(result.error_in_exec, Overrun) else result
+    except Overrun:
+        return None                                                # the engine's own "timed out"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+def raise_error(self, own=ExecutionResult.raise_error):
+    try:
+        own(self)
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        raise RuntimeError(type(error).__name__) from error
+
 IPython.utils.capture.StringIO = Printed
+appworld.environment.timeout_call = timeout_call
+ExecutionResult.raise_error = raise_error
+starlette.responses.JSONResponse.render = lambda self, content: json.dumps(content).encode()
 listener = socket.create_server(("127.0.0.1", 0))
 os.write(ready, b"%d\\n" % listener.getsockname()[1])
 os.close(ready)
@@ -232,25 +274,47 @@ In every answer write ONE code block that begins with ```python and ends with ``
 variables stay, and you get back what it prints; so print what you need to see. You reach my apps \
 only as `apis.APP_NAME.API_NAME(ARGUMENTS)`. To look up what there is:
 ```python
-print(apis.api_docs.show_app_descriptions())
-print(apis.api_docs.show_api_descriptions(app_name="spotify"))
+for app in apis.api_docs.show_app_descriptions():
+    print(app["name"], "-", app["description"])
+for api in apis.api_docs.show_api_descriptions(app_name="spotify"):
+    print(api["name"], "-", api["description"])
 print(apis.api_docs.show_api_doc(app_name="spotify", api_name="login"))
 ```
-My passwords are in `apis.supervisor.show_account_passwords()`; most APIs want the access_token \
-that the app's `login` returns. Lists come in pages. Do not ask me anything.
+Read an API's doc before you call it. Most APIs want the access_token that the app's `login` \
+returns. Lists come in pages: raise page_index until a page is empty. My passwords, addresses and \
+payment cards are in the supervisor app, friends and family are contacts in the phone app, files \
+are in the file_system app. Do what the task asks and nothing beyond it, without asking me. An \
+example, for "How many songs are in my Spotify library?":
+```python
+passwords = {{p["account_name"]: p["password"] for p in apis.supervisor.show_account_passwords()}}
+token = apis.spotify.login(username="{email}", password=passwords["spotify"])["access_token"]
+songs, page_index = [], 0
+while page := apis.spotify.show_song_library(access_token=token, page_index=page_index):
+    songs, page_index = songs + page, page_index + 1
+apis.supervisor.complete_task(answer=len(songs))
+```
 
-When the task is done, call `apis.supervisor.complete_task(answer=...)`, with the bare answer if \
-the task asks for one, without arguments if not; `complete_task(status="fail")` if it cannot be \
-done. You have {max_turns} answers.
+When the task is done, call `apis.supervisor.complete_task(answer=...)`, with the bare answer \
+(numbers in digits) if the task asks for one, without arguments if not; \
+`complete_task(status="fail")` if it cannot be done. You have {max_turns} answers.
 
 Task: {instruction}"""
-NO_BLOCK = "[Nothing was run: the answer has no complete code block from ```python to ```.]"
+NO_BLOCK = ("[Nothing was run: the answer has no complete code block. It begins with a line "
+            "```python and ends with a line ```.]")
 FIRST_ONLY = "[The answer has {n} code blocks; only the first was run.]\n"
 
-# Fences stand at the start of a line, so that code may hold one inside a string. A block that the
+# Fences begin a line, but for blanks, so that code may hold one inside a string. A block that the
 # end of the answer cuts off is none: half of it could do harm.
-BLOCK = re.compile(r"^```python[ \t\r]*\n(.*?)^```[ \t\r]*$", re.DOTALL | re.MULTILINE)
-COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "failed_status", "lost")
+BLOCK = re.compile(r"^[ \t]*```python[ \t\r]*\n(.*?)^[ \t]*```(?!\w)", re.DOTALL | re.MULTILINE)
+ANSWER_KEY = re.compile(r"ground_truth|\bappworld\b")
+COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "failed_status",
+           "answer_key", "killed", "lost")
+
+
+def code_blocks(response):
+    """The code in an answer; what a model only thinks, between <think> and </think>, is none."""
+    answer = response.rpartition("</think>")[2].partition("<think>")[0]
+    return [textwrap.dedent(block) for block in BLOCK.findall(answer)]
 
 
 def cut(text, max_chars):
@@ -269,14 +333,17 @@ class AppWorldEnv:
     Every answer is a turn, also one that runs nothing. `counts` says what went wrong in the
     episode: answers with no_block, several_blocks (the first is run) or a syntax_error; blocks
     that ran into a timeout; outputs that were cut; failed_status: the model gave up (the tests
-    decide all the same what was completed); lost: 1 if the server died, hung or answered nonsense.
-    A lost episode is over and its completion() is nan: leave it out, it has no score.
+    decide all the same what was completed); blocks that name where the answer_key is; killed: 1 if
+    a block hung or ended the server, so that the episode is over, with the completion after the
+    block before it, or 0; lost: 1 if the server died by itself or answered nonsense. A lost episode
+    is over and its completion() is nan: leave it out, it has no score.
     """
     concurrent = True              # worlds may step in threads: each has its own process
     system_prompt = SYSTEM_PROMPT
 
-    # CHOICE: 6000 characters of output a turn (about 1500 tokens), half of them from its end.
-    def __init__(self, task_id, max_turns=40, max_chars=6000, timeout_s=30):
+    # CHOICE: 12,000 characters of output a turn (about 3,000 tokens), half of them from its end:
+    # room for any list of APIs. The engine's own limit of time.
+    def __init__(self, task_id, max_turns=40, max_chars=12_000, timeout_s=100):
         if task_id not in os.listdir(appworld_data() / "tasks"):    # the engine answers a bare 500
             raise ValueError(f"task_id={task_id!r} is not in {appworld_data() / 'tasks'}; "
                              "task_ids('train') gives the ids of a split")
@@ -310,8 +377,7 @@ class AppWorldEnv:
         if self._over:
             raise RuntimeError(f"step on {self.task_id}: no open episode; call reset() first")
         self._turns += 1
-        self._completion = None
-        blocks, completed, observation = BLOCK.findall(response), False, NO_BLOCK
+        blocks, completed, observation = code_blocks(response), False, NO_BLOCK
         self.counts["no_block"] += not blocks
         self.counts["several_blocks"] += len(blocks) > 1
         try:
@@ -319,11 +385,13 @@ class AppWorldEnv:
                 note = FIRST_ONLY.format(n=len(blocks)) if len(blocks) > 1 else ""
                 observation = note + self._run(blocks[0])
                 completed = self._ask("task_completed")
+                self._score()
             if completed:
                 status = "print(apis.supervisor.show_active_task()['status'])"
                 self.counts["failed_status"] += self._ask("execute", code=status).strip() == "fail"
             if completed or self._turns >= self.max_turns:
-                self._score()
+                if self._completion is None:
+                    self._score()
                 self._over = True
         except AppWorldError as error:
             return f"[{error}]", True
@@ -331,6 +399,7 @@ class AppWorldEnv:
 
     def _run(self, code):
         code = code.encode("utf-8", "replace").decode()    # a lone surrogate would be a 500
+        self.counts["answer_key"] += bool(ANSWER_KEY.search(code))
         output = self._ask("execute", seconds=self.timeout_s + GRACE_SECONDS, code=code)
         before, _, error = output.partition("Execution failed. Traceback:\n")   # engine's words
         if not before:
@@ -343,44 +412,45 @@ class AppWorldEnv:
         """Tests passed / tests; 1.0 is success. Doing nothing does not score 0: noop_score."""
         if self._completion is None and self._server is None:
             raise RuntimeError(f"completion of {self.task_id}: no episode; call reset() first")
-        with contextlib.suppress(AppWorldError):       # it is nan then
-            self._score()
+        if self._completion is None:
+            with contextlib.suppress(AppWorldError):   # it is nan then
+                self._score()
         return self._completion
 
     def close(self):
         """Score an open episode, so that completion() can still be asked; free the server."""
         if self._server is not None:
-            with contextlib.suppress(AppWorldError):
-                self._score()
+            self.completion()
+            with contextlib.suppress(AppWorldError, AttributeError):   # lost: there is no server
                 self._ask("close")
                 give_back(self._server)
             self._server, self._over = None, True
 
     def _score(self):
-        if self._completion is None:
-            result = self._ask("evaluate", suppress_errors=True)
-            self._completion = len(result["passes"]) / result["num_tests"]
+        result = self._ask("evaluate", suppress_errors=True)
+        self._completion = len(result["passes"]) / result["num_tests"]
 
     def _ask(self, path, seconds=None, **body):
+        alive = self._server.process.poll() is None
         try:
             body["task_id"] = self.task_id
             return self._server.post(path, seconds or REQUEST_SECONDS, body)
-        except BaseException:      # Ctrl-C too: the server is busy with what nobody waits for
+        except BaseException as error:     # Ctrl-C too: it is busy with what nobody waits for
             self._server.stop()
             if not self._over:     # an episode that has ended keeps its score
-                self._completion, self.counts["lost"] = math.nan, 1
+                # CHOICE: an engine that a block has ended is the model's doing, no lost episode
+                killed = alive and path in ("execute", "task_completed") and isinstance(
+                    error, AppWorldError)
+                self._completion = (self._completion or 0.0) if killed else math.nan
+                self.counts["killed" if killed else "lost"] = 1
             self._server, self._over = None, True
             raise
 
 
 def make_world(cfg):
     """The world of skill_sd.py: train and heldout, the ids of the train and dev split, make_env(id)
-    and no levels. ValueError if an iteration asks for more tasks than there are."""
-    train = task_ids("train")
-    if cfg.tasks_per_iteration > len(train):
-        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be at most the "
-                         f"{len(train)} tasks of the train split")
-    return types.SimpleNamespace(train=train, heldout=task_ids("dev"), levels=[],
+    and no levels."""
+    return types.SimpleNamespace(train=task_ids("train"), heldout=task_ids("dev"), levels=[],
                                  make_env=lambda task_id: AppWorldEnv(task_id, cfg.max_turns))
 
 

@@ -62,7 +62,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 @dataclass
 class Config:
     """Every setting. The command line is made from this: --lam 0.001, --max-turns 40."""
-    method: str = "skill_sd"         # a row of METHODS, or `all`
+    method: str = "skill_sd"         # of METHODS: one, several after commas, or all
     preset: str = "tiny"             # a row of PRESETS; small if a model is named
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
@@ -70,6 +70,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: cuda if there is one
     save_every: int = 10             # iterations between checkpoints
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
+    evals: Literal[0, 10] = 10       # held-out evaluations along a run; 0: at its end alone
     # -- the method, and its skills
     group_size: int = 8              # G, rollouts per task                             CHOICE
     tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
@@ -77,6 +78,8 @@ class Config:
     updates_per_iteration: int = 1   # optimiser steps on each batch                    CHOICE
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
     lam: float = 0.1                 # lambda, weight of SDL; paper: 0.001 (AppWorld)
+    lam_until: float = 0.0           # share of the run in which lambda falls to 0; 0: constant
+    kl: Literal["sampled", "exact"] = "sampled"       # SDL from sampled tokens, or all words
     skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # who sees skills in training
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: Literal["student", "teacher"] = "student"  # who samples; the teacher with its skill
@@ -99,6 +102,7 @@ class Config:
     min_moves: int = 3               # shortest optimal solution                        CHOICE
     max_moves: int = 8               # longest optimal solution                         CHOICE
     max_turns: int = 12              # answers per episode, here moves; the paper allows 40
+    timid: float = 0.65              # share of timid moves in the play that `tiny` is a clone of
     train_levels: int = 256          # training levels; the paper has 96
     test_levels: int = 512           # held-out levels; the paper uses 64
     curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
@@ -111,24 +115,32 @@ class Config:
     max_context: int = 1024          # longest conversation in tokens; past it: cut     CHOICE
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
-    warm_demos: int = 32000          # games that the embedded model's warm start learns from
+    warm_demos: int = 24000          # games that the embedded model's warm start learns from
 
     def __post_init__(self):
         for name, value in vars(self).items():
             least = int(type(value) is int and name not in (   # 1 for counts, else 0
-                "seed", "iterations", "sync_every", "gradient_checkpointing"))
+                "seed", "iterations", "sync_every", "gradient_checkpointing", "evals"))
             if not isinstance(value, str) and not least <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be {least} or more, and finite")
-        served = self.summarizer.startswith("http")
+        served, key = self.summarizer.startswith("http"), os.environ.get("OPENAI_API_KEY", "")
         known = served or self.summarizer == "self" or (
             self.summarizer == "rules" and self.env == "sokoban_env")
         for name, wrong, right in (
                 ("group_size", self.group_size < 2 and self.reward_weight, "one has no advantage"),
                 ("temperature", not self.temperature, "must be above 0"),
+                ("lam_until", self.lam_until > 1, "a share of the run, at most 1"),
+                ("timid", self.timid > 1, "a share of moves, at most 1"),
                 ("tasks_per_iteration", self.tasks_per_iteration % RANKS, f"a multiple of {RANKS}"),
                 ("skill_reader", self.skill_reader != "teacher" and (self.actor == "teacher" or
                  self.lam), "a teacher that acts or distils (lam above 0) must read the skill"),
                 ("summarizer", not known, "self, a server http://HOST/v1, or for Sokoban rules"),
+                ("device", self.device == "cuda" and not torch.cuda.is_available(),
+                 "torch sees none; use auto or cpu"),
+                ("max_context", self.max_context <= self.max_skill_tokens + self.max_new_tokens,
+                 "no room for a prompt beside max_skill_tokens and max_new_tokens"),
+                ("summarizer", served and not re.fullmatch("[!-~]*", key.strip()),
+                 "the key in OPENAI_API_KEY holds more than ASCII letters, digits and signs"),
                 ("summarizer_model", served and not self.summarizer_model, "one of the server's")):
             if wrong:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {right}")
@@ -163,23 +175,21 @@ The completion is the share of the task that was done at the end; 1.00 is succes
 
 def parse_skill(text):
     """The Skill in a summarizer's answer; ValueError if there is none. Accepts code fences, text
-    around the object, more fields, and an object that is cut off or ill-formed around three whole
-    strings. Needs: json, re, Skill."""
-    names = ("success_analysis", "mistake_analysis", "golden_workflow")
-    text = text[:100_000].rpartition("</think>")[2]
-    starts = [m.start() for m in re.finditer(r"\{", text)][:100]
+    around the object, more fields, lists of lines, null, and an object that is cut off or ill-
+    formed around three whole strings. Needs: json, re, contextlib.suppress, Skill."""
+    names, text = ("success_analysis", "mistake_analysis", "golden_workflow"), text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
-    damaged = ["{" + m[0] + "}" for m in re.finditer(strings, text)]
-    for candidate in [text[start:] for start in starts] + damaged:
-        try:
-            found = json.JSONDecoder(strict=False).raw_decode(candidate)[0]
-        except (ValueError, RecursionError):
-            continue
-        if all(isinstance(found.get(name), str) for name in names):
-            # A lone surrogate is legal JSON, but no text that can be encoded.
-            values = [found[name].encode("utf-8", "replace").decode().strip() for name in names]
-            if any(values):
-                return Skill(*values)
+    # The last one ends where a key follows or the object ends, not at a quote within it.
+    strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:\}[^"]*)?$)'
+    for part in {text.rpartition("</think>")[2]: 0, text: 0}:  # the answer, else all of it
+        starts = [part[m.start():] for m in re.finditer(r"\{", part)][:100]
+        for candidate in starts + ["{" + m[0] + "}" for m in re.finditer(strings, part)]:
+            with suppress(ValueError, RecursionError, KeyError, TypeError):
+                found = json.JSONDecoder(strict=False).raw_decode(candidate)[0]
+                values = ["" if found[name] is None else found[name] for name in names]
+                values = ["\n".join(x if isinstance(x, list) else [x]) for x in values]
+                if any(map(str.strip, values)):    # a lone surrogate is legal JSON, but no text
+                    return Skill(*(x.encode("utf-8", "replace").decode().strip() for x in values))
     raise ValueError(f"no JSON object with the text fields {', '.join(names)} in {text[:200]!r}")
 
 
@@ -201,7 +211,9 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
         answers = [w.messages[1]["content"] if w.turns else "" for w in written]
     else:
         with ThreadPoolExecutor(16) as pool:
-            answers = list(pool.map(partial(ask_server, cfg=cfg), trajectories))
+            answers, reasons = zip(*pool.map(partial(ask_server, cfg=cfg), trajectories))
+        if any(reasons):
+            tqdm.write(f"no skill from {cfg.summarizer}: {next(filter(None, reasons))}")
     skills = []
     for t, answer in zip(trajectories, answers):
         with suppress(ValueError):
@@ -417,6 +429,20 @@ class Decoder:
         self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
 
 
+def checked(env, method, *args):
+    """What env.method(*args) returns; ValueError if that is not what `rollout` asks for."""
+    value = getattr(env, method)(*args)
+    right, wanted = dict(
+        reset=(isinstance(value, str), "a text"),
+        step=(isinstance(value, tuple) and [*map(type, value)][:1] == [str] and len(value) == 2,
+              "a text and whether the episode is over"),
+        completion=(isinstance(value, (int, float, np.number)) and not abs(value - 0.5) > 0.5,
+                    "a number in [0, 1], or nan"))[method]
+    if not right:
+        raise ValueError(f"{type(env).__name__}.{method} returned {value!r:.99}, not {wanted}")
+    return value
+
+
 def sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy):
     """One answer per row: [(ids, logps)], each up to an eos id (kept) or max_new_tokens."""
     answers, unfinished = [([], []) for _ in chunks], range(len(chunks))
@@ -458,7 +484,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     run = ThreadPoolExecutor(len(envs)).map if threads else (
         lambda call, *rows: [call(*row) for row in zip(*rows)])
     trajectories, playing, chunks = [], [], []
-    for env, task, skill in zip(envs, run(lambda env: env.reset(), envs), skills):
+    for env, task, skill in zip(envs, run(lambda env: checked(env, "reset"), envs), skills):
         prompts = [render(env.system_prompt, task, shown) for shown in (None, skill)]
         trajectories.append(t := Trajectory(
             env.task_id, skill, *prompts, [dict(role="user", content=task)],
@@ -472,7 +498,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         answers = sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy)
         texts = [cfg.prefill + tokenizer.decode(
             y, skip_special_tokens=True, clean_up_tokenization_spaces=False) for y, _ in answers]
-        steps = run(lambda pair, text: pair[1].step(text), playing, texts)
+        steps = run(lambda pair, text: checked(pair[1], "step", text), playing, texts)
         still, chunks = [], []
         for row, ((t, env), (ids, logps), (observation, done)) in enumerate(
                 zip(playing, answers, steps)):
@@ -486,7 +512,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                            dict(role="user", content=observation)]
             full = len(t.prompt) + len(t.ids) + len(following) > limit
             if done or full:                   # CHOICE: a full context ends the episode
-                t.reward = env.completion()
+                t.reward = checked(env, "completion")
                 t.counts |= dict(truncated=int(not done)) | getattr(env, "counts", {})
                 env.close()
             else:
@@ -502,11 +528,12 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
 
 # ---- Scoring: log-probs of the action tokens, for student and teacher alike ----------------------
 def response_logps(model, trajectories, cfg, with_skill=False):
-    """Log-probs of the action tokens: logp (B, T) and mask (B, T), T the most tokens of any row.
+    """Log-probs of the action tokens, logp (B, T), and mask (B, T), T the most tokens of any row.
     Column t is the t-th action token of the row, wherever it stands: student and teacher align by
     construction. Two rows, the actions in capitals:
         x A o B, or x + S(x) A o B      logp: log p(A), log p(B)     mask: 1, 1
-        x C,     or x + S(x) C                log p(C), 0                  1, 0"""
+        x C,     or x + S(x) C                log p(C), 0                  1, 0
+    And where these n tokens were sampled, row by row, those of the whole vocabulary: (n, V)."""
     prompts = [t.skill_prompt if with_skill else t.prompt for t in trajectories]
     rows = [prompt + t.ids for prompt, t in zip(prompts, trajectories)]
     sampled = [[False] * len(prompt) + t.mask for prompt, t in zip(prompts, trajectories)]
@@ -521,10 +548,11 @@ def response_logps(model, trajectories, cfg, with_skill=False):
     with (head.register_forward_pre_hook(lambda head, hidden: (hidden[0][before],)),
           torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16)):
         logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
-    logp = F.log_softmax(logits / cfg.temperature, dim=-1).gather(1, ids[sampled][:, None])
+    logps = F.log_softmax(logits / cfg.temperature, dim=-1)
     lengths = sampled.sum(1)                                                         # (B,)
     mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]       # (B, T)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logp), mask
+    logp = torch.zeros(mask.shape, device=mask.device)
+    return logp.masked_scatter(mask, logps.gather(1, ids[sampled][:, None])), mask, logps
 
 
 def micro_batches(trajectories, max_tokens):
@@ -561,8 +589,8 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), a scalar. No KL to a reference.
     logp_*, mask: (B, T); adv: (B,). Padding may hold anything. Needs: torch, masked_mean."""
     mask = mask.bool()
-    # Eq. 10: r = pi_theta(y) / pi_theta_old(y)
-    ratio = torch.where(mask, logp_student - logp_old, 0.0).exp()        # (B, T)
+    # Eq. 10: r = pi_theta(y) / pi_theta_old(y), finite: CHOICE
+    ratio = torch.where(mask, logp_student - logp_old, 0.0).clamp(max=20).exp()      # (B, T)
     adv = adv[:, None]                                                   # (B, 1)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -masked_mean(torch.minimum(ratio * adv, clipped * adv), mask)
@@ -590,6 +618,13 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     return masked_mean(rho * k3 + rho * log_ratio * slope, mask)
 
 
+def exact_kl(logps_student, logps_teacher):
+    """KL(student || teacher) of each action token, (n,), summed over the vocabulary: what E[rho *
+    k3] estimates, without its variance. DEVIATION: the paper names it as future work. logps_*: (n,
+    V), log-softmaxed; the teacher's without gradient. Needs: torch.nn.functional as F."""
+    return F.kl_div(logps_teacher, logps_student, log_target=True, reduction="none").sum(-1)
+
+
 # ---- The algorithm -------------------------------------------------------------------------------
 def sync_teacher(teacher, student):
     """theta-bar <- theta: copy every weight and buffer of the student into the teacher."""
@@ -603,14 +638,15 @@ def score_as_teacher(teacher, batch, cfg, synced):
     teacher.eval()
     scored = [t for t in batch if t.skill is not None or not synced]
     for part in micro_batches(scored, cfg.micro_batch_tokens):
-        logp, mask = response_logps(teacher, part, cfg, with_skill=True)
+        logp, mask = response_logps(teacher, part, cfg, with_skill=True)[:2]
         for t, row, used in zip(part, logp, mask):
             t.logp_teacher = row[used]
 
 
-def update(student, optimizer, batch, cfg):
+def update(student, optimizer, batch, cfg, teacher=None):
     """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over trajectories that carry adv and
-    logp_teacher. N is that of the whole batch, of all processes. Returns metrics of the last step
+    logp_teacher; kl = "exact" asks the teacher here, since a batch times the vocabulary is too much
+    to keep. N is that of the whole batch, of all processes. Returns metrics of the last step
     (entropy: -log p of the sampled tokens). FloatingPointError if that would not be finite."""
     student.train(bool(cfg.gradient_checkpointing))            # needs train mode; dropout is 0
     n_tokens = all_sum(torch.tensor(float(sum(sum(t.mask) for t in batch)), device=student.device))
@@ -619,23 +655,29 @@ def update(student, optimizer, batch, cfg):
         optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(names), dtype=torch.float64, device=student.device)
         for part in micro_batches(batch, cfg.micro_batch_tokens):
-            logp, mask = response_logps(student, part, cfg, cfg.skill_reader == "student")
+            logp, mask, logps = response_logps(student, part, cfg, cfg.skill_reader == "student")
             if epoch == 0:                     # CHOICE: theta_old's, scored here, whoever acted
                 for t, row, used in zip(part, logp.detach(), mask):
                     t.logp_old = row[used]
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
             zeros = torch.zeros_like(logp)                                           # (B, T)
             old = zeros.masked_scatter(mask, torch.cat([t.logp_old for t in part]))
-            teacher = zeros.masked_scatter(mask, torch.cat([
-                t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
             pg = grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high)
-            sdl = sdl_loss(logp, teacher, old, mask)
+            if cfg.kl == "exact":
+                with torch.no_grad():
+                    wanted, _, others = response_logps(teacher, part, cfg, with_skill=True)
+                sdl = exact_kl(logps, others).mean()
+            else:
+                wanted = zeros.masked_scatter(mask, torch.cat([
+                    t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
+                sdl = sdl_loss(logp, wanted, old, mask)
+            logps = others = None              # too large to be held during the next pass
             share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
             # Eq. 14: L = L_GRPO + lambda * L_SDL
             (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
             ratio = (logp.detach() - old).exp()
             clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            means = [masked_mean(x, mask) for x in (logp.detach() - teacher, (ratio - 1).abs(),
+            means = [masked_mean(x, mask) for x in (logp.detach() - wanted, (ratio - 1).abs(),
                                                     clipped.float(), -old)]
             totals += share * torch.stack([x.detach().double() for x in (pg, sdl, *means)])
         for p in student.parameters():         # some weights may be unused
@@ -669,6 +711,12 @@ def shown_skill(bank, task_id, entry, cfg, k):
     return entry and (Skill("", "", "") if cfg.skill_shown == "empty" else entry["skill"])
 
 
+def falling_lam(cfg, k):
+    """lambda in iteration k. DEVIATION, if lam_until is above 0: it falls linearly to 0."""
+    return cfg.lam * (max(0.0, 1 - k / (cfg.lam_until * cfg.iterations)) if cfg.lam_until else 1.0)
+
+
+EVALS = 0, 1 / 20, 1 / 10, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6        # shares of a run
 METHODS = {
     "base": dict(iterations=0),                                    # untrained
     "skill_sd": {},
@@ -678,6 +726,8 @@ METHODS = {
     "frozen": dict(sync_every=0),                                  # ablations: frozen teacher
     "off_policy_frozen": dict(actor="teacher", sync_every=0),      # the teacher acts
     "off_policy": dict(actor="teacher"),
+    "exact": dict(kl="exact"),                                     # DEVIATIONS: no sampled KL,
+    "falling": dict(lam_until=0.5),                                # lambda ends in mid-run
     "other_skill": dict(skill_shown="other"),                      # controls: does content matter?
     "empty_skill": dict(skill_shown="empty"),
 }
@@ -688,7 +738,11 @@ def train(cfg):
     folder = run_folder(cfg)
     if (folder / "result.json").exists():      # finished before
         return json.loads((folder / "result.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
     world = __import__(cfg.env).make_world(cfg)                # has train, heldout, make_env(id)
+    if cfg.tasks_per_iteration > len(world.train):
+        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be at most "
+                         f"{len(world.train)}, the number of training tasks")
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95))    # CHOICE
@@ -696,6 +750,9 @@ def train(cfg):
     log = load(folder, student, teacher, optimizer, bank)      # one line of it per iteration
 
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
+        now, heldout = dataclasses.replace(cfg, lam=falling_lam(cfg, k)), {}
+        if cfg.evals and k in [round(share * cfg.iterations) for share in EVALS]:
+            heldout = evaluate(student, tokenizer, world, cfg, k)
         times = [time.perf_counter()]
         generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "rollout", k))
 
@@ -726,8 +783,8 @@ def train(cfg):
         groups = {task: [t for t in batch if t.task_id == task] for task in tasks}
 
         # 4. the teacher re-scores the same tokens under x + S(x)
-        if cfg.lam and cfg.skill_reader == "teacher":
-            score_as_teacher(teacher, batch, cfg, synced)
+        if now.lam and now.kl == "sampled":
+            score_as_teacher(teacher, batch, now, synced)
         times.append(time.perf_counter())
 
         # 6 begins: credit the picks, write up the best trajectory of each group (CHOICE: the
@@ -743,7 +800,7 @@ def train(cfg):
             writing = ThreadPoolExecutor(1).submit(writing).result
 
         # 5. minimise L over the tokens
-        metrics = update(student, optimizer, batch, cfg)
+        metrics = update(student, optimizer, batch, now, teacher)
         times.append(time.perf_counter())
 
         # 6 ends: new skills enter the bank: they can be picked from iteration k + 1 on
@@ -756,7 +813,8 @@ def train(cfg):
             batch, times, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
             skill_share=[pick is not None for pick in picks.values()], ucb_decided=decided,
             bank_skills=[sum(map(len, bank.entries.values()))],
-            skills_failed=[len(chosen) - len(written)],
+            skills_failed=[len(chosen) - len(written)], lam=[now.lam],
+            **{f"heldout_{how}": [x == 1 for x in rewards] for how, rewards in heldout.items()},
             zero_spread_groups=[len({t.reward for t in group}) == 1 for group in groups.values()]))
         write(folder / "log.jsonl", "".join(log))
         if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
@@ -765,6 +823,9 @@ def train(cfg):
                 optimizer=optimizer.state_dict(), banks=gather(bank.state_dict())))
 
     result, banks = evaluate(student, tokenizer, world, cfg), gather(bank.state_dict())
+    lines = [line for line in map(json.loads, log) if "heldout_sampled" in line]
+    result["curve"] = [[line["iteration"], line["heldout_sampled"]] for line in lines] + [
+        [cfg.iterations, np.equal(result["sampled"][:512], 1).mean().item()]]
     if RANK == 0:
         student.save_pretrained(folder / "student")
         tokenizer.save_pretrained(folder / "student")
@@ -832,26 +893,33 @@ def log_line(batch, times, metrics, **lists):
 
 # ---- Summarizer's server, models, evaluation -----------------------------------------------------
 def ask_server(trajectory, cfg, timeout=60):
-    """What an OpenAI-compatible server answers to a transcript; "" after three tries."""
+    """(answer, "") of an OpenAI-compatible server to a transcript, or after three tries ("", the
+    reason): each costs a skill, not the run."""
     chat = [dict(role="system", content=SUMMARIZER_PROMPT),
             dict(role="user", content=trajectory.transcript())]
     body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=chat)
     request = urllib.request.Request(
         cfg.summarizer.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
         {"Content-Type": "application/json", "User-Agent": "skill-sd"})
-    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (1, 4, 0):
+        said, end = b"", time.monotonic() + timeout            # also of a server that drips
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return str(json.loads(answer.read(1 << 20))["choices"][0]["message"]["content"])
-        except Exception as error:             # of many kinds; each costs a skill, not the run
-            reason = str(error) if isinstance(error, OSError) else type(error).__name__
+                while time.monotonic() < end and (part := answer.read1(1 << 20)):
+                    said += part
+            text = json.loads(said)["choices"][0]["message"]["content"]
+            if isinstance(text, list):         # of parts, some of which may be thinking
+                text = "".join(part["text"] for part in text if part["type"] == "text")
+            return text + "", ""
+        except Exception as error:             # of many kinds
             with suppress(Exception):          # an HTTP error has a body, which may quote the key
-                reason += re.sub(re.escape(key) or "(?!)", "***", error.read(300).decode())
+                said = said or error.read(300)
+            reason = f"{error if isinstance(error, OSError) else 'no text'}: {said[:300]}"
             time.sleep(wait)
-    tqdm.write(f"no skill from {cfg.summarizer}: {reason}")
-    return ""
+    return "", reason.replace(key or "\0", "***")
 
 
 def load_model(cfg, world):
@@ -890,47 +958,88 @@ def load_model(cfg, world):
     return model, tokenizer
 
 
-def evaluate(model, tokenizer, world, cfg):
+def evaluate(model, tokenizer, world, cfg, k=None):
     """Held-out completions under the plain prompt, one number per task: `sampled` at the training's
-    temperature, and `greedy`. A lost episode counts as 0."""
+    temperature, and `greedy`; before iteration k of the first 512 tasks. A lost episode counts as
+    0. Prints a line."""
     result, generator = {}, torch.Generator(model.device)
+    tasks, lost = world.heldout[:None if k is None else 512], 0
     for how in ("sampled", "greedy"):
         generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "evaluate"))
-        envs = [world.make_env(task) for task in world.heldout[RANK::RANKS]]
+        envs = [world.make_env(task) for task in tasks[RANK::RANKS]]
         played = rollout(model, tokenizer, envs, cfg, generator=generator, greedy=how == "greedy")
         rewards = sum(gather([t.reward for t in played]), [])
-        result[how] = np.nan_to_num(rewards).tolist()
-        tqdm.write(f"{run_folder(cfg)}: {how} {np.equal(rewards, 1).sum()} of {len(rewards)} "
-                   f"held-out tasks solved, {np.isnan(rewards).sum()} lost")
+        result[how], lost = np.nan_to_num(rewards).tolist(), lost + np.isnan(rewards).sum()
+    solved = " and ".join(f"{100 * np.equal(rewards, 1).mean():.1f} % {how}"
+                          for how, rewards in result.items())
+    if RANK == 0:
+        tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {cfg.iterations if k is None else k} "
+                   f"iterations: {solved} of {len(tasks)} held-out tasks"
+                   + f", {lost} episodes lost" * bool(lost))
     return result
+
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def print_table(results):
     """results: [(method, seed, evaluated)]. Mean and 95 % interval in percent, over tasks for one
-    seed, else over seeds (Student's t, a bit wide from 10 values on). Differences are paired."""
-    rows = {}
+    seed, else over seeds (Student's t, a bit wide from 10 values on). Differences are paired. area:
+    the sampled accuracy's mean over the run's episodes, by trapezoids; below, its curve."""
+    rows, curves = {}, {}
     for method, _, result in results:          # acc: only 1 counts; comp: the mean completion
-        rows.setdefault(method, []).append([np.equal(result["sampled"], 1), result["sampled"],
-                                            np.equal(result["greedy"], 1), result["greedy"]])
-    rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 4, tasks)
+        x, y = np.array(result["curve"]).T
+        curves.setdefault(method, []).append(y)
+        area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if len(x) > 1 else y[0]
+        rows.setdefault(method, []).append([
+            np.equal(result["sampled"], 1), result["sampled"], np.equal(result["greedy"], 1),
+            result["greedy"], [area] * len(result["greedy"])])
+    rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 5, tasks)
     ours = "skill_sd" if "skill_sd" in rows else results[-1][0]
     rows |= {f"{ours} - {name}": rows[ours] - rows[name] for name in [*rows] if name != ours}
     seeds, _, tasks = rows[ours].shape
     print(f"\n{tasks} held-out tasks, {seeds} seed(s); percent, ± 95 % interval")
-    print(" " * 28 + "sampled acc     sampled comp    greedy acc      greedy comp")
+    print(" " * 28 + "sampled acc     sampled comp    greedy acc      greedy comp     area")
     quantile = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, *[2.26] * 20, 2.05]
     for name, values in rows.items():
-        values = values.mean(2) if seeds > 1 else values[0].T            # (seeds or tasks, 4)
+        values = values.mean(2) if seeds > 1 else values[0].T            # (seeds or tasks, 5)
         half = quantile[min(len(values), 30) - 1] * values.std(0, ddof=1) / math.sqrt(len(values))
         print(f"{name:<28}" + "".join(f"{mean:5.1f} ±{h:5.1f}    "
                                       for mean, h in zip(values.mean(0), half)).rstrip())
+    print(f"\nheld-out accuracy, sampled, after {x.astype(int).tolist()} iterations, 0 to 100 %")
+    for name, runs in curves.items():
+        print(f"{name:<28}" + "".join(BARS[min(7, int(8 * y))] for y in np.mean(runs, 0)))
+
+
+@torch.no_grad()
+def watch(cfg):
+    """Print a training task's episode by the untrained student, the best skill that the run wrote
+    for it, and what student and teacher think of the moves at every turn: what SDL pushes."""
+    banks = json.loads((run_folder(cfg) / "bank.json").read_text())
+    entries = {task: entries for bank in banks for task, entries in bank.items()}
+    task = max(entries, key=lambda task: entries[task][-1]["source_reward"])
+    skill, world = Skill(**entries[task][-1]["skill"]), sokoban_env.make_world(cfg)
+    model, tokenizer = load_model(cfg, world)
+    (t,) = rollout(model, tokenizer, [world.make_env(task)], cfg, [skill])
+    (p_made, _, p), (q_made, _, q) = (response_logps(model, [t], cfg, read) for read in (0, 1))
+    moves = tokenizer.convert_tokens_to_ids([*sokoban_env.MOVES])        # p, q: (turns, V)
+    print(f"\n{SKILL_TEXT.format(**dataclasses.asdict(skill))}\n\n{t.messages[0]['content']}\n\n"
+          "answer       of: up  down  left  right     with the notes: up  down  left  right   "
+          "log-ratio")
+    for turn, answer in enumerate(t.messages[1::2]):
+        plain, noted = ("  ".join(f"{x:.2f}" for x in logps[turn, moves].exp()) for logps in (p, q))
+        l = (p_made - q_made)[0, turn]
+        print(f"{answer['content']:<17}{plain}{noted:>40}{l:12.2f}")
 
 
 # ---- Presets and the command line ----------------------------------------------------------------
 # The size of an experiment. Strongest first: a method's row, typed, saved with a model, a preset.
-CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, lam=0.001)
+CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, lam=0.001,
+            evals=0)
 PRESETS = {
-    "tiny": {},
+    "tiny": {},                                # reward is plentiful
+    "scarce": dict(min_moves=5, max_moves=12, max_turns=16, timid=0.9, tasks_per_iteration=4,
+                   group_size=4, iterations=160, lr=5e-4, curriculum=0.0),
     # CHOICE: an instruct model that trains on one GPU of 24 GB
     "small": CHAT | dict(model="Qwen/Qwen2.5-0.5B-Instruct", iterations=100, max_turns=20,
                          train_levels=96, test_levels=64, max_new_tokens=16, prefill="<answer>",
@@ -948,6 +1057,8 @@ PRESETS = {
 def configure(typed, method, seed):
     """The Config of one run. A model that this program has trained brings the settings of its world
     and of its training, except those that make a method."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be all, or of {', '.join(METHODS)}")
     trained = Path(typed.get("model", "")) / "skill_sd.json"
     saved = json.loads(trained.read_text()) if trained.exists() and "preset" not in typed else {}
     left_out = {"out", "device", "save_every", *(name for row in METHODS.values() for name in row)}
@@ -965,7 +1076,7 @@ def configure(typed, method, seed):
 def parse_args(argv=None):
     """What was typed, as a dict. Config's comments are the help texts."""
     parser = argparse.ArgumentParser(description="Skill-SD: see the top of this file.")
-    source, allowed = inspect.getsource(Config), dict(method=[*METHODS, "all"], preset=[*PRESETS])
+    source, allowed = inspect.getsource(Config), dict(preset=[*PRESETS])
     for f in dataclasses.fields(Config):
         comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +CHOICE)?$", source, re.MULTILINE)
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
@@ -978,7 +1089,7 @@ def parse_args(argv=None):
 def main():
     typed = parse_args()
     method, seed = typed.get("method", "skill_sd"), typed.get("seed", 0)
-    methods = list(METHODS) if method == "all" else dict.fromkeys(["base", method])
+    methods = METHODS if method == "all" else dict.fromkeys(["base", *method.split(",")])
     try:
         plans = [configure(typed, name, s)                     # all checked before anything runs
                  for s in range(seed, seed + max(1, typed.get("seeds", 1))) for name in methods]
@@ -990,7 +1101,9 @@ def main():
         results = [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]
         if RANK == 0:
             print_table(results)
-    except (ValueError, OSError, FloatingPointError) as error:
+            if RANKS == 1 and len(plans) == 2 and plans[1].model == "tiny" and plans[1].lam:
+                watch(plans[-1])
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")

@@ -13,7 +13,7 @@ the top; the top-left corner of the walls is a1. A state of a room is (player, b
 and a bit mask over cell indices (row * width + column).
 
     python sokoban_env.py                    play generated levels in the terminal
-    python sokoban_env.py --file my.xsb      play levels from a file, separated by empty lines
+    python sokoban_env.py --file my.xsb      play the levels of a file
 """
 import argparse
 import hashlib
@@ -21,6 +21,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,14 +108,26 @@ def render(level):
     return "\n".join(" ".join(row) for row in glyph_rows(level, "_"))
 
 
-def cell_lists(level):
-    """The same room as names of cells: its inner walls, goals, boxes and the player."""
-    inner = [row * level.width + column for row in range(1, level.height - 1)
-             for column in range(1, level.width - 1)]
-    parts = dict(Walls=[cell for cell in inner if level.walls >> cell & 1],
-                 Goals=cells_of(level.goals), Boxes=cells_of(level.boxes), Player=[level.player])
-    return " ".join(f"{name}: {' '.join(map(level.cell_name, cells)) or 'none'}."
-                    for name, cells in parts.items())
+def describe(level, player, boxes):
+    """A state of the room in relations, in short sentences: where the boxes lie seen from the
+    player, the goals seen from the boxes, and on which sides either is blocked."""
+    name = level.cell_name
+
+    def sides(cell, taken):
+        return " ".join(move for move, step in zip(MOVES, level.steps)
+                        if taken >> cell + step & 1) or "none"
+
+    def way(here, there):
+        down, right = (b - a for a, b in zip(divmod(here, level.width), divmod(there, level.width)))
+        return (f"{abs(down)} {'down' if down > 0 else 'up'}, "
+                f"{abs(right)} {'right' if right > 0 else 'left'}")
+    said = [f"You are at {name(player)} (walls: {sides(player, level.walls)})."]
+    for box in cells_of(boxes):
+        said.append(f"The box {name(box)} is {way(player, box)} of you "
+                    f"(blocked: {sides(box, level.walls | boxes)}).")
+        said += [f"To the goal {name(goal)} push {way(box, goal)}."
+                 for goal in cells_of(level.goals)]
+    return " ".join(said)
 
 
 def parse_level(xsb_text):
@@ -172,6 +185,26 @@ def parse_level(xsb_text):
         inside |= region
     outside = (1 << width * height) - 1 & ~inside
     return Level(width, height, outside, masks["g"], masks["b"], player)
+
+
+def read_levels(path):
+    """The levels of a text file: runs of lines that begin with floor and a wall, whatever stands
+    around them. ValueError with the number of the level and the file's own line."""
+    data, levels = Path(path).read_bytes(), []
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = data.decode("utf-16" if wide else "utf-8-sig", "replace")
+    lines, start = [*re.split(r"\r\n?|\n", text), ""], 0
+    for i, line in enumerate(lines):
+        if not re.match(r"[ _-]*#", line):
+            if i - start > 2:                  # fewer make no room: a heading, say
+                try:
+                    levels.append(parse_level("\n" * start + "\n".join(lines[start:i])))
+                except ValueError as error:
+                    raise ValueError(f"{path}, level {len(levels) + 1}: {error}") from None
+            start = i + 1
+    if not levels:
+        raise ValueError(f"{path}: no level, that is lines that begin with '#', in it")
+    return levels
 
 
 def flood(start, walls, width, height):
@@ -365,7 +398,8 @@ SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
 The room is shown with one symbol per cell:
 # wall   _ floor   . goal   $ box   * box on a goal   @ you   + you on a goal
 Cells have names: a letter for the column (a is the leftmost) and a number for the row (1 is the \
-top). Under the room the inner walls, the goals, the boxes and your own cell are listed by name.
+top). Under the room stands where each box lies seen from you, how far it has to be pushed to each \
+goal, and on which sides you meet a wall and it a wall or another box.
 
 Each answer is one move: up, down, left or right. Moving into a box pushes it one cell, if the \
 cell behind it is free. Boxes cannot be pulled, and only one box can be pushed at a time: a box \
@@ -393,14 +427,19 @@ BLOCKED = "That way is blocked."
 def parse_action(text):
     """Index into MOVES, read tolerantly from a model's text; None when there is no move in it.
 
-    The last <answer>...</answer> decides if there is one, else the whole text; in it, the last of
-    the four direction words, in any case.
+    The last <answer>...</answer> decides, or a tag that was not closed with its first line: by its
+    first move if it holds nothing but moves, else by its last. Without a tag, the last of the four
+    direction words decides. In any case.
     """
     text = text.lower()                      # to a regex that ignores case, a dotless i is an i too
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
-    words = re.findall(r"\b(up|down|left|right)\b", tagged[-1] if tagged else text)
-    return MOVES.index(words[-1]) if words else None
+    if not tagged and "<answer>" in text:
+        tagged = [text.rpartition("<answer>")[2].strip().partition("\n")[0]]
+    said = tagged[-1] if tagged else text
+    words = re.findall(r"\b(up|down|left|right)\b", said)
+    several = tagged and re.fullmatch(r"(?:\b(?:up|down|left|right|then|and)\b|[\W\d_])*", said)
+    return MOVES.index(words[0 if several else -1]) if words else None
 
 
 class SokobanEnv:
@@ -417,7 +456,8 @@ class SokobanEnv:
         return self.observation()
 
     def observation(self, note=""):
-        return f"{note}\n{render(self.state)}\n{cell_lists(self.state)}".strip()
+        room = self.state
+        return f"{note}\n{render(room)}\n{describe(room, room.player, room.boxes)}".strip()
 
     def step(self, response):
         """One turn: the model's text in, (observation, done) out. An unreadable text costs one."""
@@ -446,12 +486,8 @@ def make_world(cfg):
     """An object with train and heldout, ids of tasks, the easiest first; make_env(id), and levels.
 
     Training, validation and test levels (cfg.split says which are held out) are disjoint up to
-    rotation and reflection. cfg.seed changes the training levels only. ValueError if an iteration
-    asks for more tasks than there are.
+    rotation and reflection. cfg.seed changes the training levels only.
     """
-    if cfg.tasks_per_iteration > cfg.train_levels:
-        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be at most "
-                         f"train_levels={cfg.train_levels}")
     sets, levels = {}, []
     for name, n, seed in (("test", cfg.test_levels, 0), ("val", cfg.test_levels, 0),
                           ("train", cfg.train_levels, cfg.seed)):
@@ -473,50 +509,51 @@ def room_in(observation):
     return parse_level("\n".join(line for line in observation.split("\n") if line.startswith("#")))
 
 
-def retrace(messages):
-    """What one finished conversation shows, without any solver: (rooms, path, mistake).
-
-    rooms: the Level before and after every turn; path: {(player, boxes): move} from the start to
-    the first best completion, loops left out; mistake: the first turn whose push left a box where
-    no goal can be reached from, or None. messages end with the last observation.
-    """
-    rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
-    moves = [parse_action(m["content"]) for m in messages if m["role"] == "assistant"]
-    done, live = [room.completion() for room in rooms], live_squares(rooms[0])
-    mistake = next((turn for turn, (room, after) in enumerate(zip(rooms, rooms[1:]))
-                    if after.boxes & ~room.boxes & ~live), None)
-    path = {}
-    for room, move in zip(rooms[:done.index(max(done))], moves):
-        state = room.player, room.boxes
-        if state in path:                                      # a known state: erase the loop
-            path = dict(list(path.items())[:list(path).index(state)])
-        path[state] = move
-    return rooms, path, mistake
-
-
 def analyse(messages):
     """The rule-based analyst: the three fields of a skill, written from ONE finished conversation.
 
     It stands in for the summarizing language model where the agent is too small to write. It reads
-    what such a model would read - the messages, [{"role", "content"}, ...] - and knows the rules of
-    the game, but never calls the solver.
+    what such a model would read - the messages, [{"role", "content"}, ...], which end with the last
+    observation - and knows the rules of the game, but never calls the solver.
     """
-    rooms, path, turn = retrace(messages)
-    start, mistake = rooms[0], "none seen"
-    if turn is not None:
-        room, after = rooms[turn], rooms[turn + 1]
-        move = MOVES[room.steps.index(after.player - room.player)]
-        stuck = start.cell_name(cells_of(after.boxes & ~room.boxes)[0])
-        mistake = (f"at {start.cell_name(room.player)} {move} pushed a box to {stuck} "
-                   "where it is stuck")
-    total, done = start.boxes.bit_count(), max(room.completion() for room in rooms)
-    return {
-        "success_analysis": f"{round(done * total)} of {total} boxes on goals in {len(path)} moves",
-        "mistake_analysis": mistake,
-        "golden_workflow": ", ".join(f"{start.cell_name(player)} {MOVES[move]}" for
-                                     (player, _), move in path.items() if move is not None)
-                           or "none yet",
-    }
+    rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
+    moves = [parse_action(m["content"]) for m in messages if m["role"] == "assistant"]
+    return write_notes(rooms[0], [(room.player, room.boxes) for room in rooms], moves)
+
+
+def needed(level, box, goal):
+    """The directions in which a box has to be pushed to a goal: at most two of MOVES."""
+    down, right = (b - a for a, b in zip(divmod(box, level.width), divmod(goal, level.width)))
+    return (["down" if down > 0 else "up"] * bool(down)
+            + ["right" if right > 0 else "left"] * bool(right))
+
+
+def write_notes(level, states, moves):
+    """The analyst's three fields about a game of this level, without any solver. states: (player,
+    boxes) before and after every turn; moves: indices into MOVES. The workflow names the pushes up
+    to the first best completion, and where boxes then were to go."""
+    name, total, live = level.cell_name, level.goals.bit_count(), live_squares(level)
+    turns = list(zip(states, moves, states[1:]))
+    done = [(boxes & level.goals).bit_count() for _, boxes in states]
+    end = done.index(max(done))
+    mistake = "none seen" if done[end] == total else "kept away from boxes"
+    for (player, before), move, (_, after) in reversed(turns):
+        if after & ~before & ~live:            # a box where no goal can be reached from
+            mistake = (f"at {name(player)} {MOVES[move]} pushed a box to "
+                       f"{name(cells_of(after & ~before)[0])} where it is stuck")
+    workflow = [f"at {name(player)} push {MOVES[move]}" for (player, before), move, (_, after)
+                in turns[:end] if before != after]
+    for box in cells_of(states[end][1] & ~level.goals):
+        ways = [needed(level, box, goal) for goal in cells_of(level.goals)]
+        workflow += [f"push {way}" for way in min(ways, key=len)]
+    return {"success_analysis": f"{done[end]} of {total} boxes on goals in {end} moves",
+            "mistake_analysis": mistake, "golden_workflow": ", ".join(workflow) or "nothing to do"}
+
+
+def fits(level, boxes, told):
+    """Whether notes that tell of pushes in these directions say how each box comes to a goal."""
+    return all(any(told.issuperset(needed(level, box, goal)) for goal in cells_of(level.goals))
+               for box in cells_of(boxes & ~level.goals))
 
 
 def timid_moves(level, player, boxes):
@@ -543,44 +580,41 @@ def move_probs(level, player, boxes, table, timid):
                                + timid * (m in shy) / len(shy)) for m in range(4)]
 
 
-def play_as(env, table, rng, timid, notes=()):
-    """One game of the player of `move_probs`: (messages, probs), probs (turns, 4).
-
-    notes: an earlier conversation about the same level. Who has them follows the way they show,
-    and takes the best move where they tell of a mistake.
-    """
-    path, warned = {}, None
-    if notes:
-        rooms, path, turn = retrace(notes)
-        warned = turn is not None and (rooms[turn].player, rooms[turn].boxes)
-    messages, probs, done = [{"role": "user", "content": env.reset()}], [], False
-    while not done:
-        state = env.state.player, env.state.boxes
-        p = move_probs(env.level, *state, table, 0.0 if state == warned else timid)
-        if state != warned and path.get(state) is not None:
-            p = [0.05 / 4 + 0.95 * (m == path[state]) for m in range(4)]
-        u, move = rng.random(), 0
-        while move < 3 and u >= sum(p[:move + 1]):
-            move += 1
-        observation, done = env.step(MOVES[move])
+def play_as(level, table, rng, timid, turns, notes=None):
+    """One game of the player of `move_probs`: (states, moves, probs), the last state included.
+    Where the notes fit, he is not timid."""
+    told = set(re.findall(r"push (\w+)", notes["golden_workflow"])) if notes else ()
+    states, moves, probs = [(level.player, level.boxes)], [], []
+    while len(moves) < turns and states[-1][1] != level.goals:
+        player, boxes = states[-1]
+        bold = told and fits(level, boxes, told)
+        p = move_probs(level, player, boxes, table, 0.0 if bold else timid)
+        moves.append(rng.choices(range(4), p)[0])
+        states.append(push(level, player, boxes, level.steps[moves[-1]]) or states[-1])
         probs.append(p)
-        messages += [{"role": "assistant", "content": MOVES[move]},
-                     {"role": "user", "content": observation}]
-    return messages, probs
+    return states, moves, probs
 
 
-def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), timid=0.6,
-                   noted=0.6, per_room=8):
-    """n games to warm-start a model on, in rooms that no level of `exclude` has.
+def demonstrate(level, table, rng, timid, turns, noted, other):
+    """One game: (level, states, moves, probs, notes), see `play_as`. With the chance `noted` the
+    player has notes: the analyst's on an earlier game of this level, the notes `other`, or none."""
+    notes = None
+    if rng.random() < noted:
+        earlier = play_as(level, table, rng, timid * rng.random(), turns)
+        own, empty = write_notes(level, *earlier[:2]), dict.fromkeys(other, "")
+        notes = rng.choices([own, other, empty], WARM["own_other_empty"])[0]
+    return (level, *play_as(level, table, rng, timid, turns, notes), notes)
 
-    Returns a list of (messages, probs, skill): the game, its player's probabilities (turns, 4),
-    and in a share `noted` of the games the notes that the player had: what the analyst wrote (a
-    dict) after an earlier game of the same level; else None. ValueError if there is no other room.
-    """
+
+def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), timid=0.65,
+                   noted=0.75, per_room=8):
+    """n games (see `demonstrate`) to warm-start a model on, in rooms that no level of `exclude`
+    has. ValueError if there is no such room."""
     def empty(room):
         return canonical(replace(room, boxes=0, player=-1))
-    rng, demos, taken, misses = random.Random(seed), [], {empty(level) for level in exclude}, 0
-    while len(demos) < n:
+    rng, games, taken, misses = random.Random(seed), [], {empty(level) for level in exclude}, 0
+    other = dict(success_analysis="", mistake_analysis="", golden_workflow="")
+    while len(games) < n:
         room = random_room(rng, size, boxes)
         misses += 1
         if misses > 2000:
@@ -591,24 +625,20 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
         misses, table = 0, distances(room)
         starts = [state for state, moves in table.items()
                   if moves <= max_moves and not state[1] & room.goals]
-        for _ in range(min(per_room, len(starts), n - len(demos))):
+        for _ in range(min(per_room, len(starts), n - len(games))):
             player, start_boxes = starts[below(rng, len(starts))]
-            env = SokobanEnv(replace(room, player=player, boxes=start_boxes), max_turns)
-            earlier = ()
-            if rng.random() < noted:                           # of a player as timid, or less
-                less = 1.0 if rng.random() < 0.5 else rng.random()
-                earlier, _ = play_as(env, table, rng, timid * less)
-            messages, probs = play_as(env, table, rng, timid, earlier)
-            demos.append((messages, probs, analyse(earlier) if earlier else None))
-    return demos
+            level = replace(room, player=player, boxes=start_boxes)
+            games.append(demonstrate(level, table, rng, timid, max_turns, noted, other))
+        other = next((game[4] for game in reversed(games[-per_room:]) if game[4]), other)
+    return games
 
 
 # ------------------------------------------------- the player of the demo: a tiny language model
 
-PLAYER_VERSION = 1               # to be raised with every change that a warm start depends on
-# Chosen on validation levels: games per step, peak learning rate, and of the player who is cloned
-# the share of timid moves and of games in which he has notes.
-WARM = dict(batch=32, lr=3e-3, timid=0.5, noted=0.6)
+PLAYER_VERSION = 2               # to be raised with every change that a warm start depends on
+# Chosen on validation levels: games per step, peak learning rate, share of games with notes, and of
+# these how many of his own level, of another, or empty.
+WARM = dict(batch=32, lr=4e-3, noted=0.75, own_other_empty=(6, 3, 1))
 
 # It has no system prompt: rules in English would only be unknown words to it.
 TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
@@ -616,21 +646,26 @@ TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.c
                  "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-def tiny_tokenizer(size, skill_text):
-    """A word-level tokenizer for the demo's texts. Of a room it reads the lists of cells; the map
-    above them shows nothing else and takes a small model longer to learn to read."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+def tiny_tokenizer(size):
+    """A tokenizer for the demo's texts. It reads what a room is in relations, each of them one
+    word, and of other words a few; all the rest, as the map, it does not see."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     control = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    texts = [skill_text, NO_MOVE, BLOCKED, *MOVES, "Walls Goals Boxes Player none seen yet pushed "
-             "a box to where it is stuck boxes on goals in moves of at"]
-    words = [word for text in texts for word in re.findall(r"\w+", text)]
-    cells = [f"{chr(ord('a') + c)}{r + 1}" for r in range(size) for c in range(size)]
-    vocab = dict.fromkeys(control + words + cells + [str(n) for n in range(100)])
+    words = [*MOVES, *"No blocked Notes Mistakes Workflow stuck none away".split()]
+    sides = [" ".join(m for i, m in enumerate(MOVES) if bits >> i & 1) or "none"
+             for bits in range(16)]
+    ways = [f"{a} {up}, {b} {left}" for a in range(size) for b in range(size)
+            for up in MOVES[:2] for left in MOVES[2:]]
+    vocab = [*control, *words, *ways, *(f"push {way}" for way in ways),
+             *(f"{who}: {side}" for who in ("walls", "blocked") for side in sides),
+             *(f"push {move}" for move in MOVES)]
     ids = {word: i for i, word in enumerate(vocab)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
-    tokenizer.normalizer = normalizers.Replace(Regex(r"^#.*$"), "")                  # the map
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
+    move = "(?:" + "|".join(MOVES) + ")"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(
+        rf"(?:walls|blocked): (?:none|{move}(?: {move})*)|(?:push )?\d+ {move}, \d+ {move}"
+        rf"|push {move}|" + "|".join(rf"\b{word}\b" for word in words)), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
         additional_special_tokens=control[2:4], chat_template=TINY_TEMPLATE)
@@ -643,7 +678,7 @@ def tiny_model(tokenizer, seed):
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed, "tiny"))
         return LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
             initializer_range=0.1,             # with the usual 0.02 so narrow a model hardly starts
             tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
@@ -653,52 +688,81 @@ def tiny_model(tokenizer, seed):
 def player_folder(cfg, skill_text):
     """Where the warm start of these settings is kept: named by all that it depends on."""
     names = ("seed size boxes min_moves max_moves max_turns train_levels test_levels "
-             "warm_demos").split()
+             "warm_demos timid").split()
     key = repr([PLAYER_VERSION, skill_text, WARM, *(getattr(cfg, name) for name in names)])
     return Path(cfg.out) / f"warm-start-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def warm_start(folder, cfg, skill_text, exclude):
-    """Clone a player who is shy of boxes, and less so with notes, which stand where a skill will.
+def encode_games(games, tokenizer, skill_text):
+    """[(ids, probs)] of games as `demonstrate` makes them: the conversation up to the last move,
+    which is a target alone; without the map, which the tokenizer does not see."""
+    texts = []
+    for level, states, moves, _, notes in games:
+        said = [describe(level, *state) for state in states[:-1]]
+        for turn in range(1, len(moves)):
+            if states[turn] == states[turn - 1]:
+                said[turn] = f"{BLOCKED}\n{said[turn]}"
+        if notes:
+            said[0] = f"{skill_text.format(**notes)}\n\n{said[0]}"
+        text = "<|end|>".join(f"<|user|>{text}<|assistant|>{MOVES[move]}"
+                              for text, move in zip(said, moves))
+        texts.append(text.removesuffix(MOVES[moves[-1]]))
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [(found.ids, game[3]) for found, game in zip(encoded, games)]
 
-    The targets are the player's own move probabilities (see play_as), in rooms that no level of
-    `exclude` has. Writes model and tokenizer to the folder, which is whole or absent.
-    """
+
+def player_kl(model, tokenizer, batch):
+    """KL(player || model) at each turn of encoded games, (turns,), over the moves."""
+    import torch
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])           # (B, L)
+    asked = ids == tokenizer.convert_tokens_to_ids("<|assistant|>")
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[asked]
+    moves = tokenizer.convert_tokens_to_ids([*MOVES])
+    logp = model.lm_head(hidden).log_softmax(-1)[:, moves]     # over all words, then (turns, 4)
+    p = torch.tensor(sum((probs for _, probs in batch), []))
+    return (p * (p.log() - logp)).sum(-1)
+
+
+def warm_start(folder, cfg, skill_text, exclude):
+    """Clone a player who is shy of boxes, and less so with notes that fit, which stand where a
+    skill will. The targets are his own move probabilities, in rooms that no level of `exclude` has;
+    there the clone is held against him. Writes model and tokenizer to the folder, which is whole or
+    absent."""
     import torch
     from tqdm import tqdm
-    tokenizer = tiny_tokenizer(cfg.size, skill_text)
+    tokenizer = tiny_tokenizer(cfg.size)
     model = tiny_model(tokenizer, cfg.seed)
-    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    data = []                                                  # (ids, probs of each move)
-    demos = demonstrations(cfg.warm_demos, derived_seed(cfg.seed, "demos"), cfg.size, cfg.boxes,
-                           cfg.max_moves, cfg.max_turns, exclude, WARM["timid"], WARM["noted"])
-    for messages, probs, notes in tqdm(demos, "demonstrations", disable=None):
-        shown = skill_text.format(**notes) + "\n\n" if notes else ""
-        first = dict(role="user", content=shown + messages[0]["content"])
-        text = tokenizer.apply_chat_template(                  # the last move is only a target
-            [first, *messages[1:2 * len(probs) - 1]], tokenize=False, add_generation_prompt=True)
-        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        data.append((ids, probs))
+    data = encode_games(demonstrations(
+        cfg.warm_demos, derived_seed(cfg.seed, "demos"), cfg.size, cfg.boxes, cfg.max_moves,
+        cfg.max_turns, exclude, cfg.timid, WARM["noted"]), tokenizer, skill_text)
     rng, batches = random.Random(derived_seed(cfg.seed, "warm")), []
     for start in range(0, len(data), 50 * WARM["batch"]):     # similar lengths: less padding
         window = sorted(data[start:start + 50 * WARM["batch"]], key=lambda game: len(game[0]))
         window = [window[i:i + WARM["batch"]] for i in range(0, len(window), WARM["batch"])]
         batches += rng.sample(window, len(window))
-    moves = tokenizer.convert_tokens_to_ids(list(MOVES))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for step, batch in enumerate(tqdm(batches, "warm start", disable=None)):
         done = (step + 1) / len(batches)                       # rise for a tenth, then a cosine
         for group in optimizer.param_groups:
             group["lr"] = WARM["lr"] * min(1, 10 * done) * (1 + math.cos(math.pi * done)) / 2
-        longest = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])       # (B, L)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        logp = model.lm_head(hidden[ids == assistant]).log_softmax(-1)[:, moves]     # (turns, 4)
-        loss = -(torch.tensor(sum((probs for _, probs in batch), [])) * logp).sum(-1).mean()
+        loss = player_kl(model, tokenizer, batch).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    for name, noted in (("without notes", 0.0), ("with notes", 1.0)) if exclude else ():
+        games, other = [], dict(success_analysis="", mistake_analysis="", golden_workflow="")
+        for level in exclude[:512]:
+            games.append(demonstrate(level, distances(level), rng, cfg.timid, cfg.max_turns, noted,
+                                     other))
+            other = games[-1][4] or other
+        with torch.no_grad():
+            kl = torch.cat([player_kl(model, tokenizer, [game])
+                            for game in encode_games(games, tokenizer, skill_text)]).mean()
+        solved = sum(states[-1][1] == level.goals for level, states, *_ in games) / len(games)
+        tqdm.write(f"{name}, at {len(games)} held-out levels: the player solves {100 * solved:.1f} "
+                   f"%, KL(player || clone) {kl:.3f}")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -710,7 +774,7 @@ def warm_start(folder, cfg, skill_text, exclude):
 
 def main():
     parser = argparse.ArgumentParser(description="Look at and play Sokoban levels.")
-    parser.add_argument("--file", help="XSB levels, separated by empty lines (default: generated)")
+    parser.add_argument("--file", help="a file with XSB levels (default: generated ones)")
     parser.add_argument("--n", type=int, default=5, help="levels to generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=6, help="room size, walls included")
@@ -718,31 +782,39 @@ def main():
     parser.add_argument("--min-moves", type=int, default=4)
     parser.add_argument("--max-moves", type=int, default=20)
     args = parser.parse_args()
-    if args.file:
-        texts = re.split(r"\n\s*\n", Path(args.file).read_text().strip("\n"))
-        levels = [parse_level(text) for text in texts]
-    else:
-        levels = generate_levels(args.n, args.seed, args.size, args.boxes, args.min_moves,
-                                 args.max_moves)
-    keys = dict(zip("wsad", range(4)))
-    print("w a s d: move   r: restart   o: replay the optimal solution   n: next level   q: quit")
+    try:
+        play(read_levels(args.file) if args.file else generate_levels(
+            args.n, args.seed, args.size, args.boxes, args.min_moves, args.max_moves))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def play(levels):
+    """The levels, one after the other, in the terminal."""
+    keys, arrows = dict(zip("wsad", range(4))), dict(zip("ABDC", range(4)))
+    print("w a s d or arrows: move   r: restart   o: replay the optimal solution   n: next level   "
+          "q: quit")
     for number, start in enumerate(levels, 1):
         level, taken = start, 0
-        solution = solve(start)
-        said = "no solution" if solution is None else f"optimal: {len(solution)} moves"
+        try:
+            solution = solve(start, state_limit=200_000)       # a second or so
+            said = "no solution" if solution is None else f"optimal: {len(solution)} moves"
+        except RuntimeError:
+            solution, said = None, "optimal: unknown"
         while True:
             print(f"\nlevel {number} of {len(levels)} ({start.task_id}), {said}, "
                   f"{taken} moves made")
             print(render(level))
             if level.completion() == 1.0:
                 print("solved")
-            try:
-                typed = input("> ").strip().lower()
-            except EOFError:
-                return
-            for key in typed:
-                if key in keys:
-                    level, taken = level.after(keys[key]), taken + 1
+            typed = re.findall(r"\x1b(?:[\[O][\d;?]*)?(.)|(.)", input("> "))    # ESC [ A is "up"
+            for arrow, key in typed:
+                key = key.lower()
+                move = arrows.get(arrow, keys.get(key))
+                if move is not None:
+                    level, taken = level.after(move), taken + 1
                 elif key == "r":
                     level, taken = start, 0
                 elif key == "o" and solution is not None:
@@ -752,7 +824,7 @@ def main():
                         print(f"\n{letter}\n{render(level)}")
                 elif key == "q":
                     return
-            if "n" in typed:
+            if ("", "n") in typed or ("", "N") in typed:
                 break
 
 

@@ -52,7 +52,7 @@ SKILLS = [Skill("went up first", "none seen", "b2 up, b3 left"),
 def tiny():
     """A tokenizer and a tiny model with weights large enough that prompts matter. Each third word
     ends an answer: some answers of a batch are over before others."""
-    tokenizer = sokoban_env.tiny_tokenizer(6, skill_sd.SKILL_TEXT)
+    tokenizer = sokoban_env.tiny_tokenizer(6)
     model = sokoban_env.tiny_model(tokenizer, seed=0)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(5, len(tokenizer), 3)]
     return model, tokenizer
@@ -71,7 +71,7 @@ def smallest(out, **settings):
     return Config(**dict(
         out=str(out), iterations=4, tasks_per_iteration=3, train_levels=3, test_levels=8, lr=1e-2,
         group_size=4, max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800,
-        device="cpu") | settings)
+        device="cpu", evals=0) | settings)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -88,10 +88,12 @@ def test_sdl_by_enumeration_is_reverse_kl(at_theta_old):
         shipped=sum(o[y].exp() * sdl_loss(*(x[y].view(1, 1) for x in (p, q, o)), torch.ones(1, 1))
                     for y in range(7)),
         detached=((p - o).exp().detach() * k3).sum(), dropped=k3.sum(),
-        reverse=(p.exp() * (p - q)).sum(), forward=(q.exp() * (q - p)).sum())
+        exact=skill_sd.exact_kl(p[None], q[None]).sum(), reverse=(p.exp() * (p - q)).sum(),
+        forward=(q.exp() * (q - p)).sum())
     found = {name: torch.autograd.grad(loss, student, retain_graph=True)[0]
              for name, loss in losses.items()}
-    for a, b, same in (("shipped", "reverse", True), ("detached", "forward", True),
+    for a, b, same in (("shipped", "reverse", True), ("exact", "reverse", True),
+                       ("detached", "forward", True),
                        ("dropped", "forward", at_theta_old), ("dropped", "reverse", False),
                        ("forward", "reverse", False)):
         assert torch.allclose(found[a], found[b], atol=1e-12 if same else 1e-2) == same
@@ -139,7 +141,8 @@ def test_advantages_by_hand(rewards, group_size, eps, advantages):
 
 @pytest.mark.parametrize("ratio, adv, value, slope", [
     (1.1, 1.0, -1.1, -1.1), (1.5, 1.0, -1.28, 0.0), (0.5, 1.0, -0.5, -0.5),
-    (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0), (0.9, -1.0, 0.9, 0.9)])
+    (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0), (0.9, -1.0, 0.9, 0.9),
+    (math.exp(90), 1.0, -1.28, 0.0), (math.exp(90), -1.0, math.exp(20), 0.0)])    # e**20 at most
 def test_grpo_clips_and_is_a_mean_over_tokens(ratio, adv, value, slope):
     logp = torch.tensor([[math.log(ratio), 9.0, 9.0], [0.0] * 3], requires_grad=True)
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
@@ -156,10 +159,17 @@ def test_parse_skill_forgives_what_surrounds_it_and_refuses_what_is_none():
     for text in (whole, f"Sure! Here:\n```json\n{json.dumps(fields, indent=2)}\n```\nDone.",
                  '{"note": {}} ' + json.dumps({"more": 1} | dict(reversed(fields.items()))),
                  whole[:-1] + ', "more": "and mo', '{"success_analysis": "lost"} ' + whole[:-1],
-                 f"<think>As {dot}</think>{whole}", whole[:-1] + ",}", whole.replace("a ", "a\n")):
+                 f"<think>As {dot}</think>{whole}", whole[:-1] + ",}", whole.replace("a ", "a\n"),
+                 f"{whole}\n</think>\n\nDone.", whole[:-1] + ',}\n```\nDone.'):
         assert parse_skill(text) == Skill("a", "b", "c {d}")
         assert parse_skill(text.replace('"b"', '"b\\ud800"')) == Skill("a", "b?", "c {d}")
-    for text in ("", "no json", "{", "{" * 5000, '{"a":' * 3000, "[1, 2]", "null", "\x00\ud800",
+    for old, new, skill in (('" a "', "null", Skill("", "b", "c {d}")),
+                            ('"c {d}"', '["go left", "go up"]', Skill("a", "b", "go left\ngo up"))):
+        assert parse_skill(whole.replace(old, new)) == skill
+    inner = [whole.replace("{d", f"\"{piece}\" {{d") for piece in ("up", "up, left", ",")]
+    for text in (*inner, *(text[:-1] for text in inner), *(text[:-1] + ",}" for text in inner),
+                 *(whole.replace('" a "', x) for x in ("1", "{}", "[1]", '{"x": "y"}', "false")),
+                 "", "no json", "{", "{" * 5000, '{"a":' * 3000, "[1, 2]", "null", "\x00\ud800",
                  '{"success_analysis": "x"}', json.dumps(fields | dict(success_analysis=1)),
                  dot.replace(".", " "), whole[:-3], whole.replace("{d", "\\x"), " " * 10**6 + whole,
                  '{"success_analysis": "a", "mistake_analysis": "b"} {"golden_workflow": "c"}'):
@@ -252,7 +262,7 @@ def spoken(request):
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (
         "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
         "<think>", "</think>", "\n\n\n", "think>up")])          # not special; two overlap
-    tokenizer = sokoban_env.tiny_tokenizer(6, skill_sd.SKILL_TEXT) if form == TINY else (
+    tokenizer = sokoban_env.tiny_tokenizer(6) if form == TINY else (
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
     tokenizer.chat_template = form
     tokenizer.backend_tokenizer.enable_truncation(max_length=8)        # `encode` ignores both
@@ -294,10 +304,11 @@ def test_teacher_sees_skill_only(spoken):
     skill = Skill("went up,  na\u00efve but fine " * 9, "none seen", "b2 up, b3 left")
     notes = skill_sd.SKILL_TEXT.format(**dataclasses.asdict(skill))
     assert Chat(tokenizer, "", 999).prompt(RULES, ROOM, skill) == whole(room=f"{notes}\n\n{ROOM}")
-    cuts = [whole(room=f"{notes[:n]}\n\n{ROOM}") for n in range(len(notes))]
+    cuts = [whole(room=f"{notes[:n]}\n\n{ROOM}") for n in range(len(notes) + 1)]
     for room in (8, 17, 30, 31, 32, 33):
         cut = Chat(tokenizer, "", room).prompt(RULES, ROOM, skill)
-        assert cut in cuts and room - 2 <= len(cut) - len(whole()) <= room + 2
+        more = min(room, len(cuts[-1]) - len(whole()))
+        assert cut in cuts and more - 2 <= len(cut) - len(whole()) <= more + 2
 
 
 def test_text_cannot_forge_control_tokens(spoken):
@@ -360,7 +371,9 @@ def test_rescoring_gives_the_recorded_logps(tiny, temperature, reader):
     assert len({len(t.ids) for t in batch}) > 3                # ragged indeed
     recorded = torch.tensor([x for t in batch for x in t.logps])
     for with_skill in (False, True):
-        (logp, mask), (rows,) = watch(model, response_logps, model, batch, cfg, with_skill)
+        (logp, mask, every), (rows,) = watch(model, response_logps, model, batch, cfg, with_skill)
+        chosen = torch.tensor([y for t in batch for y, sampled in zip(t.ids, t.mask) if sampled])
+        assert torch.equal(every.gather(1, chosen[:, None])[:, 0], logp[mask])
         gap = (logp[mask] - recorded).abs().max()
         assert gap < 1e-4 if with_skill == bool(reader) else gap > 0.1
         assert (logp[~mask] == 0).all()
@@ -384,12 +397,12 @@ def test_sampling_equals_scoring_in_every_architecture(tiny, name):
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
         initializer_range=0.3, eos_token_id=[*range(5, 190, 3)], pad_token_id=0, bos_token_id=None,
         sliding_window=24 if name in ("Mistral", "Gemma2", "Gemma3Text") else None, **mixed))
-    envs = [world(["Walls" + " b2" * length for length in lengths]) for lengths in (
+    envs = [world(["Notes" + " up" * length for length in lengths]) for lengths in (
         (530, 3, 9), (40, 530), (40, 530, 0, 1), (600, 0, 513, 2), (503, 503))]
     cfg = Config(max_context=4096, max_new_tokens=3)
     trajectories, seen = watch(model, rollout, model, tiny[1], envs, cfg)
     assert max(ids.shape[1] for ids in seen) == 512
-    logp, mask = response_logps(model, trajectories, cfg)
+    logp, mask, _ = response_logps(model, trajectories, cfg)
     gap = logp[mask] - torch.tensor([x for t in trajectories for x in t.logps])
     assert len(gap) > 12 and gap.abs().max() < 1e-4
 
@@ -459,19 +472,26 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         assert [m["content"] for m in t.messages[::2]] == env.texts and t.turns == len(env.told) - 2
         assert [None, *(m["content"] for m in t.messages[1::2]), "closed"] == env.told
         assert t.counts.items() >= getattr(env, "counts", dict(truncated=0)).items()
+    for name, value, wanted in (("reset", None, "a text"), ("completion", None, "a number in"),
+                                ("completion", 1.5, "a number in"), ("step", "up", "a text and"),
+                                ("step", ("up", 0.0, True), "a text"), ("step", (1, 1), "a text")):
+        broken = world(["up"] * 2)
+        setattr(broken, name, lambda *args: value)
+        with pytest.raises(ValueError, match=f"SimpleNamespace.{name} returned .*, not {wanted}"):
+            rollout(*tiny, [broken], cfg, None, generator)
     with pytest.raises(KeyError):              # one that raises ends the run
         rollout(*tiny, [world(["up"] * 2, meet={}.popitem)], cfg, None, generator)
 
 
 # ---- One update ----------------------------------------------------------------------------------
-def one_step(model, batch, cfg, lr=0.0):
+def one_step(model, batch, cfg, lr=0.0, teacher=None):
     """The metrics of one `update`, and its gradient as one vector."""
     for t in batch:
         t.adv = len(t.logps) % 4 - 1.5
     optimizer, grads = torch.optim.SGD(model.parameters(), lr=lr), []
     optimizer.register_step_pre_hook(                          # later they are cleared
         lambda *args: grads.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
-    return skill_sd.update(model, optimizer, batch, cfg), grads[-1]
+    return skill_sd.update(model, optimizer, batch, cfg, teacher), grads[-1]
 
 
 def recorded(monkeypatch, owner, *names):
@@ -503,28 +523,31 @@ def test_sync_teacher(tiny, precision, low, high):
     assert low <= (torch.cat([t.logp_teacher for t in batch]) - scored).abs().max() <= high
 
 
-@pytest.mark.parametrize("reader, size, checkpointing", [
-    ("teacher", 16384, 0), ("teacher", 1, 0), ("student", 300, 1)])
-def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing):
+@pytest.mark.parametrize("reader, size, checkpointing, kl", [
+    ("teacher", 16384, 0, "sampled"), ("teacher", 1, 0, "sampled"), ("student", 300, 1, "sampled"),
+    ("teacher", 300, 0, "exact")])
+def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing, kl):
     """The gradient is that of the whole loss at once, however the batch is cut, and where layers
     are computed twice. The teacher is not asked where l is 0: no skill, weights just copied."""
     batch, cfg = played(
         tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6,
         lam=0.3 * (reader == "teacher"), max_skill_tokens=9, skill_reader=reader,
         micro_batch_tokens=size, max_grad_norm=1e9, gradient_checkpointing=checkpointing,
-        model=str(tmp_path))
+        model=str(tmp_path), kl=kl)
     saved, layer_calls = copy.deepcopy(tiny[0]), []
     saved.config.update(dict(attention_dropout=0.3, resid_pdrop=0.3))      # loading sets them to 0
     saved.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
     model, teacher = (skill_sd.load_model(cfg, None)[0].double().train() for _ in range(2))
     teacher.lm_head.weight.data *= 1.1
-    logp, mask = response_logps(model, batch, cfg, with_skill=reader == "student")
-    shown, _ = response_logps(teacher, batch, cfg, with_skill=True)
-    shown[1::2] = logp[1::2]
+    logp, mask, every = response_logps(model, batch, cfg, with_skill=reader == "student")
+    shown, _, wanted = response_logps(teacher, batch, cfg, with_skill=True)
+    if kl == "sampled":
+        shown[1::2] = logp[1::2]
     adv = torch.tensor([len(t.logps) % 4 - 1.5 for t in batch])
     pg = grpo_loss(logp, logp.detach(), adv, mask, 0.2, 0.28)
-    sdl = sdl_loss(logp, shown.detach(), logp.detach(), mask)
+    sdl = (sdl_loss(logp, shown.detach(), logp.detach(), mask) if kl == "sampled" else
+           (every.exp() * (every - wanted.detach())).sum() / mask.sum())
     whole = torch.autograd.grad(0.6 * pg + cfg.lam * sdl, list(model.parameters()))
     whole = torch.cat([gradient.flatten() for gradient in whole])
     skill_sd.score_as_teacher(teacher, batch, cfg, synced=True)
@@ -533,7 +556,7 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing):
     for p in model.parameters():
         p.grad = torch.ones_like(p)                            # what an earlier step has left
     model.model.layers[0].self_attn.register_forward_hook(lambda *args: layer_calls.append(1))
-    metrics, gradient = one_step(model, batch, cfg)
+    metrics, gradient = one_step(model, batch, cfg, teacher=teacher)
     assert len(layer_calls) == (1 + checkpointing) * len(skill_sd.micro_batches(batch, size))
     assert model.training == bool(checkpointing) and not teacher.training
     assert model.config.attention_dropout == model.config.resid_pdrop == 0
@@ -568,7 +591,7 @@ def test_updates_move_rho_are_clipped_and_stop_at_what_is_not_finite(tiny):
 
 # ---- The algorithm -------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", [name for name in skill_sd.METHODS if name != "base"])
-def test_every_method_trains(tmp_path, method, monkeypatch):
+def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     """Skills, advantages and credits meet their episodes, also where one is lost, or a group. What
     is finished is not done again, and `base` plays with the student."""
     rewards = [0.1, math.nan, 0.7, 0.7, 0.2, 0.9, 0.9, 0.9] + [math.nan] * 4
@@ -579,7 +602,6 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
     assert (cfg.reward_weight, cfg.lam, cfg.skill_shown) == (
         float(method != "opd"), 1.0 if method == "opd" else 0.1 * teacher_reads,
         dict(other_skill="other", empty_skill="empty").get(method, "own"))
-    cfg.lam = 0.1                              # no teacher is asked for all that where none reads
     real, due, written, seeds = skill_sd.rollout, [], [], set()
 
     def lossy(model, tokenizer, envs, *args, **keywords):
@@ -595,7 +617,8 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
     result, folder = skill_sd.train(cfg), skill_sd.run_folder(cfg)
     read = [chunks for (_, chunks, *_), _ in calls["sample_answers"]]
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
-        (student, _, batch, _), _ = calls["update"][k]
+        (student, _, batch, now, teacher), _ = calls["update"][k]
+        assert now.lam == cfg.lam * ((1, 0.5, 0, 0)[k] if method == "falling" else 1)
         assert (actor is student) != off_policy
         assert [id(t) for t in batch] == [id(out[i]) for i in (0, 2, 3, 4, 5, 6, 7)]
         assert [t.adv for t in out] == group_advantages(rewards, 4).tolist()
@@ -621,13 +644,15 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
     assert [args[1] is student is not args[0] for args, _ in calls["sync_teacher"]] == [True] * (
         0 if frozen else 2)
     assert [(args[0] is student, args[3]) for args, _ in calls["score_as_teacher"]] == [
-        (False, not frozen), (False, False)] * (2 * teacher_reads)
+        (False, not frozen), (False, False)] * dict(exact=0, falling=1).get(
+            method, 2 * teacher_reads)
     assert [(args[5], {t.skill for t in out}) for args, out in calls["rollout"][4:]] == [
         (False, {None}), (True, {None})]       # the held-out tasks, sampled and greedy
     assert result["sampled"][:2] == result["greedy"][:2] == [0.1, 0.0]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    distils = [k > 0 and teacher_reads and not (k > 1 and method == "falling") for k in range(4)]
     assert [(x["lost"], x["skill_share"] > 0, x["sdl_loss"] > 0) for x in lines] == [
-        (5 / 12, k > 0 and writes, k > 0 and teacher_reads) for k in range(4)]
+        (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
     cfg.save_every = 99                        # may change when a run goes on
@@ -635,7 +660,15 @@ def test_every_method_trains(tmp_path, method, monkeypatch):
     typed = dict(model=str(folder / "student"), out=cfg.out, device="cpu")
     again = skill_sd.configure(typed, "base", cfg.seed)        # its settings, less the method's
     assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
-    assert skill_sd.train(again) == result
+    assert skill_sd.train(again) == result | dict(curve=[[0, result["curve"][0][1]]])
+    if method == "skill_sd":                   # a look at what student and teacher think
+        skill_sd.watch(cfg)
+        turns = re.findall(r"^(\w+) +((?:[.\d]+ +){8})(-?[.\d]+)$", capsys.readouterr().out,
+                           re.MULTILINE)
+        for move, chances, log_ratio in turns:
+            p, q = (float(chances.split()[MOVES.index(move) + 4 * i]) for i in (0, 1))
+            assert math.log(p / q) == pytest.approx(float(log_ratio), abs=0.1)
+        assert turns
 
 
 def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
@@ -707,6 +740,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
             assert (folder / name).read_bytes() == (twin / name).read_bytes()
     logs = [re.sub('"seconds.*', "", (out / "log.jsonl").read_text()) for out in (folder, twin)]
     assert logs[0] == logs[1] and logs[0].count("\n") == 6
+    curve = json.loads((folder / "result.json").read_text())["curve"]
+    assert [k for k, _ in curve] == [0, 1, 2, 3, 4, 5, 6]      # shares of 6, rounded
+    assert curve[:-1] == [[k, x["heldout_sampled"]] for k, x in enumerate(
+        map(json.loads, logs[0].replace(", \n", "}\n").splitlines()))]
 
 
 def torchrun(code, n, *args):
@@ -719,7 +756,7 @@ def torchrun(code, n, *args):
 
 def update_my_share(folder):
     """One update on this process's share of the same eight trajectories; the first one saves it."""
-    tokenizer = sokoban_env.tiny_tokenizer(6, skill_sd.SKILL_TEXT)
+    tokenizer = sokoban_env.tiny_tokenizer(6)
     model, teacher = (sokoban_env.tiny_model(tokenizer, seed) for seed in (0, 1))
     batch, cfg = played((model, tokenizer), 8, skills=SKILLS * 4, lam=0.5, micro_batch_tokens=200)
     batch = batch[skill_sd.RANK::skill_sd.RANKS]
@@ -766,14 +803,21 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
 
 
 @contextlib.contextmanager
-def serving(answer):
-    """A server: (its URL, what it was asked). answer(number of the request): status, JSON."""
+def serving(answer, drip=0):
+    """A server: (its URL, what it was asked). answer(number of the request): status, JSON; before
+    it, if `drip` is set, a blank in every so many seconds, twenty times."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             asked.append((self.path, self.headers["Authorization"], json.loads(body)))
-            status, value = answer(len(asked))
             with contextlib.suppress(OSError):                 # who asked may be gone
+                for i in range(20 * bool(drip)):
+                    if i == 0:
+                        self.send_response(200)
+                        self.end_headers()
+                    self.wfile.write(b" ")
+                    time.sleep(drip)
+                status, value = answer(len(asked))
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(json.dumps(value).encode())
@@ -820,43 +864,54 @@ def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsy
     with serving(lambda number: script[number - 1]) as (cfg.summarizer, asked):
         assert skill_sd.summarize(batch, None, None, cfg, None) == [(batch[0], SKILLS[0])]
     assert waits == [1, 4] and capsys.readouterr().out == ""
-    for bad in ((401, "no such user: secret"), (200, math.nan), (200, {"choices": []}),
-                (200, {"choices": [{"message": {"content": None}}]}), (204, "")):
-        with serving(lambda number: bad) as (cfg.summarizer, asked):
-            assert skill_sd.summarize(batch, None, None, cfg, None) == []
-    with serving(lambda number: (200, threading.Event().wait(1) or WRITTEN)) as (
+    parts = [dict(type=kind, text=kind) for kind in ("thinking", "text", "text")]
+    with serving(lambda number: (200, {"choices": [{"message": {"content": parts}}]})) as (
             cfg.summarizer, asked):
-        assert skill_sd.ask_server(batch[0], cfg, timeout=0.1) == "" and len(asked) == 3
+        assert skill_sd.ask_server(batch[0], cfg) == ("texttext", "") and len(asked) == 1
+    for bad in ((401, "no such user: secret"), (200, math.nan), (200, {"choices": []}), (204, ""),
+                (200, {"choices": [{"message": {"content": None}}]}),
+                (200, {"error": {"message": "busy"}})):
+        with serving(lambda number: bad) as (cfg.summarizer, asked):
+            assert skill_sd.summarize(batch * 3, None, None, cfg, None) == []
+            (line,) = capsys.readouterr().out.splitlines()     # one, whatever many skills it cost
+            assert str(bad[0]) in line or json.dumps(bad[1] or "") in line or bad[0] == 204
+            assert "secret" not in line and len(asked) == 9
+    for drip in (0, 0.05):                     # a server that is late, or goes on and on
+        with serving(lambda number: (200, threading.Event().wait(1) or WRITTEN), drip) as (
+                cfg.summarizer, asked):
+            start = time.monotonic()
+            assert skill_sd.ask_server(batch[0], cfg, timeout=0.2)[0] == "" and len(asked) == 3
+            assert time.monotonic() - start < 0.9
     for key in ("secret", "secret\nsecret", "secret\u2026"):   # the server is gone
         monkeypatch.setenv("OPENAI_API_KEY", key)
         assert skill_sd.summarize(batch, None, None, cfg, None) == []
-    printed = capsys.readouterr().out
-    assert "no such user" in printed and not re.search(r"secret|\\x00", printed)
+    assert not re.search(r"secret|\\x00", capsys.readouterr().out)
 
 
 # ---- Models, settings, the command line ----------------------------------------------------------
-def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path, monkeypatch):
+def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
+    """It comes closer to the player than half of the way, at games of other rooms."""
     cfg = smallest(tmp_path.parent)
-    world = sokoban_env.make_world(cfg)
-    model, tokenizer = skill_sd.load_model(cfg, world)
-    envs, chat, right = [world.make_env(task) for task in world.heldout], Chat(tokenizer), []
-    games = rollout(model, tokenizer, envs, cfg, greedy=True)
-    assert sum(t.counts["no_action"] for t in games) < 0.1 * sum(t.turns for t in games)
+    model, tokenizer = skill_sd.load_model(cfg, world := sokoban_env.make_world(cfg))
     again, _ = skill_sd.load_model(cfg, None)                  # kept: no world is needed
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    calls = recorded(monkeypatch, sokoban_env, "demonstrations")
-    calls |= recorded(monkeypatch, type(model.model), "forward")
-    cfg.warm_demos = 12
-    sokoban_env.warm_start(tmp_path / "short", cfg, skill_sd.SKILL_TEXT, world.levels)
-    for messages, probs, notes in calls["demonstrations"][0][1]:
-        row = chat.prompt("", messages[0]["content"], notes and Skill(**notes))
-        for turn in range(1, len(probs)):
-            move = tokenizer.convert_tokens_to_ids(messages[2 * turn - 1]["content"])
-            row += [move, *chat.next_turn(messages[2 * turn]["content"], move)]
-        right.append(row)
-    longest = max(map(len, right))                             # one batch, padded on the right
-    ((_, ids, _), _), = calls["forward"]
-    assert sorted(ids.tolist()) == sorted(row + [0] * (longest - len(row)) for row in right)
+    games = [sokoban_env.demonstrate(level, distances(level), random.Random(i), cfg.timid, 5, 0.8,
+                                     dataclasses.asdict(SKILLS[0]))
+             for i, level in enumerate(world.levels)]
+    encoded, chat = sokoban_env.encode_games(games, tokenizer, skill_sd.SKILL_TEXT), Chat(tokenizer)
+    for (level, _, moves, probs, notes), row in zip(games, encoded):
+        env = SokobanEnv(level, 9)
+        ids = chat.prompt("", env.reset(), notes and Skill(**notes))
+        for move in moves[:-1]:
+            y = tokenizer.convert_tokens_to_ids(MOVES[move])
+            ids += [y, *chat.next_turn(env.step(MOVES[move])[0], y)]
+        assert row == (ids, probs)
+    with torch.no_grad():
+        at_once, fresh = (sokoban_env.player_kl(m, tokenizer, encoded) for m in (
+            model, sokoban_env.tiny_model(tokenizer, 0)))
+        alone = [sokoban_env.player_kl(model, tokenizer, [game]) for game in encoded]
+    assert torch.allclose(at_once, torch.cat(alone), atol=1e-5) and at_once.min() > -1e-3
+    assert at_once.mean() < 0.5 * fresh.mean()
 
 
 @pytest.mark.parametrize("name, settings, message", [
@@ -884,13 +939,24 @@ def test_models_that_cannot_be_had_or_held_are_refused(tiny, tmp_path, name, set
     ("--env appworld_adapter --summarizer rules", "summarizer='rules'"),
     ("--summarizer http://x", "summarizer_model=''"), ("--help", "(default: 16384)"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
-    ("--method ppo", "--method"), ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"),
-    ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--device tpu", "--device")])
-def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys):
-    monkeypatch.setattr(skill_sd, "RANKS", 2)
+    ("--method opd,ppo", "method='ppo': must be all, or of base, skill_sd"),
+    ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"),
+    ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--device tpu", "--device"),
+    *[("--device cuda", "device='cuda': torch sees none")] * (not torch.cuda.is_available()),
+    ("--max-context 200", "max_context=200"), ("--lam-until 2", "lam_until=2.0"),
+    ("--timid 1.5", "timid=1.5"), ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
+    ("--env no_such_world --summarizer self", "No module named 'no_such_world'"),
+    ("--tasks-per-iteration 6 --train-levels 5", "at most 5"), ("--out setup.cfg/x", "setup.cfg")])
+def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(skill_sd, "RANKS", 2 - ("out" in words or "env" in words or "6" in words))
+    monkeypatch.setattr(sokoban_env, "warm_start", Mock(side_effect=AssertionError("too late")))
+    if "m" in words.split():
+        monkeypatch.setenv("OPENAI_API_KEY", "se\u201ccret")
+    monkeypatch.chdir(tmp_path)
+    Path("setup.cfg").write_text("a file")
     with pytest.raises(SystemExit) as end:
         main(*words.split())
-    assert told in f"{end.value} {capsys.readouterr()}"
+    assert told in f"{end.value} {capsys.readouterr()}" and "cret" not in f"{end.value}"
 
 
 def test_a_method_stands_over_what_is_typed_and_that_over_a_preset():
@@ -915,22 +981,29 @@ def test_main_prints_a_table_with_paired_differences(
 
     def train(cfg):
         asked.append((cfg.method, cfg.seed))
-        return dict(sampled=results[cfg.seed][cfg.method != "base"], greedy=[0, 1, 0, 1])
+        return dict(sampled=results[cfg.seed][cfg.method != "base"], greedy=[0, 1, 0, 1], curve=[
+            (0, 0.5)] if cfg.method == "base" else [(0, 0.0), (1, 0.5), (4, 1.0)])
     monkeypatch.setattr(skill_sd, "train", train)
-    for method, names in (("all", list(skill_sd.METHODS)), ("opd", ["base", "opd"])):
+    monkeypatch.setattr(skill_sd, "watch", Mock())
+    for method, names in (("all", list(skill_sd.METHODS)), ("grpo,opd", ["base", "grpo", "opd"]),
+                          ("opd", ["base", "opd"])):
         asked = []
         main("--method", method, "--seeds", str(seeds))
         assert asked == [(name, seed) for seed in range(seeds) for name in names]
         out = capsys.readouterr().out
     rows = re.findall(r"^(\S+|\S+ - \S+)  +(\d.*)$", out, re.MULTILINE)
-    assert {name: " ".join(re.findall(r"[\d.]+", row)[:4]) for name, row in rows} == {
+    rows = {name: re.findall(r"[\d.]+", row) for name, row in rows}
+    assert {name: " ".join(row[:4]) for name, row in rows.items()} == {
         "base": base, "opd": opd, "opd - base": difference}
+    assert [row[8] for row in rows.values()] == ["50.0", "62.5", "12.5"]       # area, trapezoids
+    assert re.search("\nbase +▅\n(.*\n)*opd +▁▅█\n", out) and "[0, 1, 4]" in out
 
 
 def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
     """They run one after the other among a few imports and nothing else."""
     names = {}
-    exec("import dataclasses, json, math, re, torch\nfrom dataclasses import dataclass", names)
+    exec("import dataclasses, json, math, re, torch\nfrom contextlib import suppress\n"
+         "from dataclasses import dataclass", names)
     for piece in (masked_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill,
                   SkillBank):
         exec(inspect.getsource(piece), names)
@@ -1021,11 +1094,18 @@ def test_generated_levels_are_exact_distinct_and_the_same_everywhere():
 def test_environment_reads_tolerantly_counts_and_ends():
     for text, move in (("I go LEFT", 2), ("up, then left", 2), ("<answer>jump</answer> left", None),
                        ("<answer> Down! </answer> not up", 1), ("upwards uplift", None),
-                       ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3)):
+                       ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3),
+                       ("<answer>Right || Up</answer>", 3), ("<answer>1. up, 2. left</answer>", 0),
+                       ("<answer>up then left", 0), ("<answer>not up but left</answer>", 2),
+                       ("so <answer>up\nThis pushes it to the right", 0), ("up, left", 2)):
         assert parse_action(text) == move
     env = SokobanEnv(parse_level("#######\n#@ $.*#\n#######"), max_turns=5)
     first = env.reset()
-    assert first.endswith("\nWalls: none. Goals: e2 f2. Boxes: d2 f2. Player: b2.")
+    assert first.endswith(
+        "#\nYou are at b2 (walls: up down left). "
+        "The box d2 is 0 up, 2 right of you (blocked: up down). To the goal e2 push 0 up, 1 right. "
+        "To the goal f2 push 0 up, 2 right. The box f2 is 0 up, 4 right of you (blocked: up down "
+        "right). To the goal e2 push 0 up, 1 left. To the goal f2 push 0 up, 0 left.")
     assert env.step("banana")[0].startswith(NO_MOVE) and env.step("up")[0].startswith(BLOCKED)
     assert env.counts == {"no_action": 1, "blocked": 1}
     assert [env.step("right")[1] for _ in range(2)] == [False, True] and env.completion() == 1.0
@@ -1043,13 +1123,16 @@ def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
         return [dict(role=role, content=x) for role, x in zip(("user", "assistant") * 9, texts)]
 
     room = "#######\n#     #\n# .$  #\n#  @  #\n#   $.#\n#######"
-    half = conversation(room, "left right right banana up left down up")       # loops erased
-    stuck = conversation(room, "up down down right")                # its first box is lost
+    half = conversation(room, "left right right banana up left down up")
     lost = conversation("#######\n#  .. #\n# $@$ #\n#######", "up down left right right")
-    assert [*analyse(half).values(), *analyse(lost).values()] == [
-        "1 of 2 boxes on goals in 3 moves", "none seen", "d4 right, e4 up, e3 left",
-        "0 of 2 boxes on goals in 0 moves", "at d3 left pushed a box to b3 where it is stuck",
-        "none yet"]
+    best = conversation("#####\n#@$.#\n#####", "right")
+    for messages, *fields in (
+            (half, "1 of 2 boxes on goals in 6 moves", "kept away from boxes",
+             "at e3 push left, push right"),
+            (lost, "0 of 2 boxes on goals in 0 moves",
+             "at d3 left pushed a box to b3 where it is stuck", "push up, push right, push up"),
+            (best, "1 of 1 boxes on goals in 1 moves", "none seen", "at b2 push right")):
+        assert [*analyse(messages).values()] == fields
     for text, timid, shares in (
             (room, 0.5, [0, 1 / 2, 1 / 2, 0]),                         # no push, far from boxes
             ("#####\n##@##\n##$##\n##.##\n#####", 1.0, [1 / 4] * 4),   # there is no such move
@@ -1057,25 +1140,67 @@ def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
         level = parse_level(text)
         probs = move_probs(level, level.player, level.boxes, distances(level), timid)
         assert probs == pytest.approx([0.05 / 4 + 0.95 * share for share in shares])
-    env, table = SokobanEnv(parse_level(room), 4), distances(parse_level(room))
-    for notes, move in ((), "left"), (half, "right"), (stuck, "down"):
-        _, probs = play_as(env, table, random.Random(0), 1.0, notes)
-        assert probs[0][MOVES.index(move)] == pytest.approx(0.95 + 0.05 / 4)
+    level, table = parse_level(room), distances(parse_level(room))
+    for pushes, move in ((), "left"), (["left", "right"], "down"), (["left"], "left"):
+        notes = dict(golden_workflow=", ".join(f"push {way}" for way in pushes))
+        states, moves, probs = play_as(level, table, random.Random(0), 1.0, 4, notes)
+        assert probs[0][MOVES.index(move)] >= 0.95 / 2
+        for (player, boxes), move, after in zip(states, moves, states[1:]):
+            moved = dataclasses.replace(level, player=player, boxes=boxes).after(move)
+            assert (moved.player, moved.boxes) == after
 
 
 def test_demonstrations_give_the_players_probabilities_in_other_rooms():
-    given = dict(n=60, seed=2, max_moves=8, max_turns=6, timid=0.5)
+    given = dict(n=200, seed=2, boxes=1, max_moves=8, max_turns=6, timid=0.5)
     taken, seen = [], set()
-    for messages, probs, skill in demonstrations(**given):
-        rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
-        assert len(messages) == 2 * len(probs) + 1 == 2 * len(rooms) - 1 and len(probs) <= 6
-        taken.append(rooms[0])
-        for room, p in zip(rooms, probs):
-            usual = move_probs(room, room.player, room.boxes, distances(room), 0.5)
-            seen.add((skill is not None, p == usual))
-    assert seen == {(False, True), (True, True), (True, False)}        # notes make the difference
-    others = [room_in(m[0]["content"]) for m, _, _ in demonstrations(**given, exclude=taken)]
+    for level, states, moves, probs, notes in demonstrations(**given):
+        assert len(states) - 1 == len(moves) == len(probs) <= 6
+        assert states[-1][1] == level.goals or len(moves) == 6
+        taken.append(level)
+        for state, p in zip(states, probs):
+            shy, bold = (move_probs(level, *state, distances(level), timid) for timid in (0.5, 0.0))
+            seen.add((notes and bool(notes["golden_workflow"]), p == shy, p == bold))
+    # The notes make the difference, if they fit; in a lost state there is none.
+    assert seen >= {(None, True, False), (True, True, False), (True, False, True),
+                    (False, True, False)} and seen.isdisjoint({(None, False, True),
+                                                               (False, False, True)})
+    others = [game[0] for game in demonstrations(**given, exclude=taken)]
     assert not {(x.walls, x.goals) for x in taken} & {(x.walls, x.goals) for x in others}
+
+
+def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monkeypatch, capsys):
+    """By the terminal, with arrows and without a solver that gives up; errors are one line."""
+    path, room = tmp_path / "levels.txt", "#####\n#@$.#\n#####"
+    monkeypatch.setattr(sys, "argv", ["sokoban_env.py", "--file", str(path)])
+
+    def played(data, typed="", end=EOFError):
+        path.write_bytes(data)
+        answers = Mock(side_effect=[*typed.split(), end])
+        monkeypatch.setattr("builtins.input", answers)
+        try:
+            sokoban_env.main()
+            return capsys.readouterr().out
+        except SystemExit as stop:
+            return f"{stop.code}"
+    for text, n in (
+            (f"; 1\n{room}\n\n; 2\n\n{room}   \n", 2), (f"Title: x\n{room}\nAuthor: y\n{room}", 2),
+            (f"# 1\n\n{room}\n-----\nThe end of #1: well", 1), (f"\ufeff{room}\r\n\r\n{room}", 2),
+            (f"caf\u00e9\n  {room}".replace("\n#", "\n--#"), 1)):
+        for encoding in ("utf-8", "utf-16", "latin-1")[:1 if text[0] == "\ufeff" else 3]:
+            assert f"level 1 of {n}" in played(text.encode(encoding))
+    assert "level 2 of 2" in played(f"{room}\n{room[:0]}\n{room}".encode(), "n", KeyboardInterrupt)
+    assert "1 moves made" in (out := played(room.encode(), "\x1b[C")) and "solved" in out
+    assert "0 moves made" in (out := played(room.encode(), "\x1bOH \x1b[3~ \x1bd q")) and (
+        "1 moves" not in out.replace("optimal: 1 moves", ""))
+    monkeypatch.setattr(sokoban_env, "solve", Mock(side_effect=RuntimeError))
+    assert "optimal: unknown, 1 moves made" in played(room.encode(), "d o")
+    for data, message in ((f"{room}\n\n;x\n#####\n#@x.#\n#####", "level 2: line 6, column 3"),
+                          ("prose alone", "no level")):
+        assert message in (told := played(data.encode())) and told.startswith("error: ")
+    for words, message in (("--size 3", "size=3"), ("--file /no/such", "No such file")):
+        monkeypatch.setattr(sys, "argv", ["sokoban_env.py", *words.split()])
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            sokoban_env.main()
 
 
 # ---- AppWorld ------------------------------------------------------------------------------------
@@ -1122,11 +1247,15 @@ def gone(pid):
 
 
 def test_appworld_finds_the_blocks_and_cuts_the_output():
+    code = "```python\na\n```"
     for text, blocks in (
             ("```python\n```", [""]), ("```\nprint(1)\n```", []), ("```python print(1) ```", []),
             ("so:\n```python \r\na\n```  \nthen\n```python\nb\n```", ["a\n", "b\n"]),
-            ("```python\nprint(1)\n", []), ("```python\nx = '```\n'\n```", ["x = '```\n'\n"])):
-        assert appworld_adapter.BLOCK.findall(text) == blocks
+            ("```python\nprint(1)\n", []), ("```python\nx = '```\n'\n```", ["x = '```\n'\n"]),
+            (f"{code} Done.", ["a\n"]), ("1. so\n   ```python\n   a\n     b\n   ```", ["a\n  b\n"]),
+            ("```python\na\n  ```", ["a\n"]), (f"<think>{code}</think>{code[:-5]}b\n```", ["b\n"]),
+            (f"<think>\n{code}", []), (f"{code}\n</think>\nno", []), (f"{code}<think>", ["a\n"])):
+        assert appworld_adapter.code_blocks(text) == blocks
     assert cut("abcdefg", 7) == "abcdefg"
     assert cut("abcdefghij", 5) == "abc\n[... 5 characters cut here ...]\nij"
 
@@ -1134,6 +1263,7 @@ def test_appworld_finds_the_blocks_and_cuts_the_output():
 @pytest.mark.parametrize("call, given, message", [
     ("task_ids('tra')", {}, r"split='tra' must be one of \['train'\]"),
     ("task_ids('train')", {"ROOT": "/"}, "APPWORLD_ROOT='/'.*download data"),
+    ("task_ids('train')", {"VERSION": "0.9"}, "version '0.9', not 0.1.0.*download data"),
     ("AppWorldEnv('..')", {}, "task_id='..' is not in"),
     ("AppWorldEnv('abc_1', timeout_s=0)", {}, "timeout_s=0 must be"),
     ("AppWorldEnv('abc_1').completion()", {}, "call reset"),
@@ -1146,6 +1276,7 @@ def test_appworld_finds_the_blocks_and_cuts_the_output():
         ({"RUN": "sleep 60 >&2; echo 1"}, "START_SECONDS=1"))]])
 def test_appworld_errors_name_the_remedy(env, tmp_path, monkeypatch, call, given, message):
     (tmp_path / "python").write_text(f"#!/bin/sh\n{given.get('RUN')}\n")
+    (tmp_path / "data/version.txt").write_text(given.get("VERSION", "0.1.0"))
     for name, value in given.items():
         monkeypatch.setenv(f"APPWORLD_{name}", value)
     monkeypatch.setattr(appworld_adapter, "START_SECONDS", 1)
@@ -1176,22 +1307,30 @@ def test_appworld_servers_are_reused_recycled_and_replaced(env, monkeypatch):
     assert server.log.exists() and not (server.folder / "tasks").exists()
 
 
-@pytest.mark.parametrize("target, value, code, told", [
-    ("RESETS_PER_SERVER", 9, "os.kill(os.getpid(), 9)", "/execute .*died"),
-    ("ANSWER_BYTES", 3, "", "/evaluate .*HTTP 200, .*at most 3"), ("ANSWER_BYTES", 3, None, None),
-    ("json.loads", Mock(return_value={}), "", "nonsense"),
-    ("json.loads", Mock(side_effect=KeyboardInterrupt), "", "never told"),
-    ("GRACE_SECONDS", 1, "time.sleep(60)", "no answer in 2 s")])
-def test_appworld_server_lost_in_mid_episode(env, monkeypatch, target, value, code, told):
+@pytest.mark.parametrize("target, value, code, told, how", [
+    ("RESETS_PER_SERVER", 9, "os.kill(os.getpid(), 9)", "/execute .*died", "killed"),
+    ("RESETS_PER_SERVER", 9, "1", "/execute .*died", "dead"),
+    ("ANSWER_BYTES", 3, "", "/evaluate .*HTTP 200, .*at most 3", "lost"),
+    ("ANSWER_BYTES", 3, None, None, "lost"),
+    ("json.loads", Mock(return_value={}), "", "nonsense", "lost"),
+    ("json.loads", Mock(side_effect=KeyboardInterrupt), "", "never told", "lost"),
+    ("GRACE_SECONDS", 1, "time.sleep(60)", "no answer in 2 s", "killed")])
+def test_appworld_server_lost_in_mid_episode(env, monkeypatch, target, value, code, told, how):
+    """What a block has done is scored as after the block before it; else there is no score."""
     env.reset()
     server = env._server
+    if how == "dead":                          # before the block came
+        server.process.kill()
+        server.process.wait()
     with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
         broken.setattr(f"appworld_adapter.{target}", value)
         if told:
             text, done = env.step(code and ANSWER.format(code))
             assert re.search(told, text) and "\n" not in text and done
         env.completion()
-    assert math.isnan(env.completion()) and env.counts["lost"] == 1 and gone(server.process.pid)
+    assert str(env.completion()) == ("0.0" if how == "killed" else "nan")
+    assert (env.counts["killed"], env.counts["lost"]) == ((1, 0) if how == "killed" else (0, 1))
+    assert gone(server.process.pid)
     with pytest.raises(RuntimeError, match="call reset"):
         env.step("hello")
     env.reset()
@@ -1222,12 +1361,23 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
          "[The answer has 2 code blocks; only the first was run.]\n42\n", "several_blocks"),
         ("print((", "Syntax error in line:", "syntax_error"),
         ("while True:\n    pass", "timed out after 5 seconds", "timeout"),
+        ("while True:\n    try:\n        apis.api_docs.show_app_descriptions()\n"
+         "    except Exception:\n        continue", "timed out after 5 seconds", "timeout"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt", None),
+        ("apis.supervisor.complete_task(answer=float('-inf'))", "successful", None),
+        ("print(1)  # as in ground_truth", "1", "answer_key"),
         ("print('x' * 10**7)\n" * 3, "[29000003 more characters printed]", "cut"),
         ("import os\nprint('\ud800', '\\ud800', *os.environ)", "? ? ", None),
         *[("x = bytes(6 * 10**9)", "MemoryError", None)] * (sys.platform == "linux")]
 
     def play(code, told, counted):
         env = AppWorldEnv("a1c0001_1", max_turns=2, max_chars=600, timeout_s=5)
+        if code == episodes[0][0]:             # what the prompt recommends runs, and is not cut
+            asked = AppWorldEnv(env.task_id)
+            for block in appworld_adapter.code_blocks(asked.reset()):
+                assert "failed" not in asked.step(f"```python\n{block}```")[0]
+            assert not asked.counts["cut"] and asked.completion() == 1 / 2
+            asked.close()
         first = env.reset()
         assert "Ada Example" in first and "2 answers" in first and "2023-05-18" in first
         assert env.completion() == 1 / 2
@@ -1248,7 +1398,8 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
                    tasks_per_iteration=2, max_turns=2, max_context=4000, rollout_batch=2,
                    summary_tokens=4, warm_demos=64, curriculum=0.0)
     noop = [appworld_adapter.noop_score(task) for task in appworld_adapter.task_ids("dev")]
-    assert skill_sd.train(cfg) == dict(sampled=noop, greedy=noop)        # it has no word for code
+    result = skill_sd.train(cfg)
+    assert (result["sampled"], result["greedy"]) == (noop, noop)         # it has no word for code
     log = (skill_sd.run_folder(cfg) / "log.jsonl").read_text().splitlines()
     assert [(x["count_no_block"], x["lost"]) for x in map(json.loads, log)] == [(2, 0)] * 2
     appworld_adapter.stop_servers()
