@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Skill-SD in one file, to be read beside the paper: https://arxiv.org/abs/2604.10674
 
-Skill-conditioned self-distillation for LLM agents. A student plays tasks over many turns with a
-plain prompt. Each finished trajectory can be written up as a short skill. A UCB bandit picks one
-skill per task; only the teacher - the same network, synchronised every iteration - reads it, and
-re-scores the tokens that the student sampled. The student is trained by GRPO's reward loss plus an
-importance-weighted reverse KL to that teacher.
+A student plays tasks over many turns with a plain prompt. Each finished trajectory can be written
+up as a short skill. A UCB bandit picks one skill per task; only the teacher - the same network,
+synchronised every iteration - reads it, and re-scores the tokens that the student sampled. The
+student is trained by GRPO's reward loss plus an importance-weighted reverse KL to that teacher.
 
     in the paper                     in this file                       checked by test_skill_sd.py
     x, S(x), B(x); UCB               task, skill, SkillBank             test_ucb_by_hand
@@ -22,12 +21,11 @@ importance-weighted reverse KL to that teacher.
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
 
-The method ends with `train`. CHOICE marks what the paper leaves open, DEVIATION a difference on
-purpose; comments give the paper's value where it differs. "Needs:" lists what to copy along.
+The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we differ on purpose;
+comments give the paper's value. "Needs:" lists what to copy along.
 """
 import argparse
 import copy
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -40,7 +38,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,23 +122,22 @@ class Config:
             if not isinstance(value, str) and not least <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be {least} or more, and finite")
         served, key = self.summarizer.startswith("http"), os.environ.get("OPENAI_API_KEY", "")
-        known = served or self.summarizer == "self" or (
-            self.summarizer == "rules" and self.env == "sokoban_env")
+        rules = self.summarizer == "rules" and self.env == "sokoban_env"
         for name, wrong, right in (
                 ("group_size", self.group_size < 2 and self.reward_weight, "one has no advantage"),
                 ("temperature", not self.temperature, "must be above 0"),
-                ("lam_until", self.lam_until > 1, "a share of the run, at most 1"),
-                ("timid", self.timid > 1, "a share of moves, at most 1"),
+                *((name, getattr(self, name) > 1, "a share, at most 1")
+                  for name in ("lam_until", "timid", "curriculum")),
                 ("tasks_per_iteration", self.tasks_per_iteration % RANKS, f"a multiple of {RANKS}"),
                 ("skill_reader", self.skill_reader != "teacher" and (self.actor == "teacher" or
                  self.lam), "a teacher that acts or distils (lam above 0) must read the skill"),
-                ("summarizer", not known, "self, a server http://HOST/v1, or for Sokoban rules"),
+                ("summarizer", not (served or rules or self.summarizer == "self"),
+                 "self, a server http://HOST/v1, or for Sokoban rules"),
                 ("device", self.device == "cuda" and not torch.cuda.is_available(),
                  "torch sees none; use auto or cpu"),
                 ("max_context", self.max_context <= self.max_skill_tokens + self.max_new_tokens,
-                 "no room for a prompt beside max_skill_tokens and max_new_tokens"),
-                ("summarizer", served and not re.fullmatch("[!-~]*", key.strip()),
-                 "the key in OPENAI_API_KEY holds more than ASCII letters, digits and signs"),
+                 "must exceed max_skill_tokens + max_new_tokens"),
+                ("summarizer", served and not key.isascii(), "OPENAI_API_KEY is not ASCII"),
                 ("summarizer_model", served and not self.summarizer_model, "one of the server's")):
             if wrong:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {right}")
@@ -182,8 +179,8 @@ def parse_skill(text):
     # The last one ends where a key follows or the object ends, not at a quote within it.
     strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:\}[^"]*)?$)'
     for part in {text.rpartition("</think>")[2]: 0, text: 0}:  # the answer, else all of it
-        starts = [part[m.start():] for m in re.finditer(r"\{", part)][:100]
-        for candidate in starts + ["{" + m[0] + "}" for m in re.finditer(strings, part)]:
+        whole = [part[m.start():] for m in re.finditer(r"\{", part)][:100]
+        for candidate in whole + ["{" + m[0] + "}" for m in re.finditer(strings, part)]:
             with suppress(ValueError, RecursionError, KeyError, TypeError):
                 found = json.JSONDecoder(strict=False).raw_decode(candidate)[0]
                 values = ["" if found[name] is None else found[name] for name in names]
@@ -201,7 +198,7 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
         # DEVIATION: the paper asks an external model; here the student writes, as an episode of one
         # turn. CHOICE: the JSON is begun, and sampled at 0.6: small models seldom end it otherwise.
         window = getattr(student.config, "max_position_embeddings", cfg.max_context)
-        own = dataclasses.replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=window,
+        own = replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=window,
                                   temperature=0.6, prefill='{"success_analysis": "')
         envs = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, reset=t.transcript,
@@ -223,11 +220,10 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
 
 # ---- The bank: B(x), and UCB over the skills of the same task ------------------------------------
 class SkillBank:
-    """Skills by task, picked by UCB. Needs: math, dataclasses, and Skill to load a state.
-    entries: {task_id: [entry, ...]}, oldest first; an entry is a dict with `skill`, `picks` n(e),
-    `reward_sum`, and `source_reward`, the completion of the trajectory it was written from. CHOICE:
-    ask `wants` before `add`: if every skill entered, "untried first" would always win and UCB never
-    decide; equal texts are one skill; a full bank drops its worst tried entry. In skill_sd the
+    """Skills by task, picked by UCB. Needs: math, dataclasses.asdict, Skill.
+    entries: {task_id: [entry, ...]}, oldest first; an entry has `skill`, `picks` n(e), `reward_sum`,
+    and `source_reward`, the completion of the trajectory it was written from. CHOICE: ask `wants`
+    before `add`: if every skill entered, "untried first" would always win and UCB never decide. The
     student never sees the skill: its credit was earned before it could act. The statistic lags."""
 
     def __init__(self, c, size=4):
@@ -258,7 +254,7 @@ class SkillBank:
                 or all(e["picks"] >= 2 for e in entries))
 
     def add(self, task_id, skill, source_reward=0.0):
-        """Insert a skill, unless its text is there already."""
+        """Insert a skill, unless its text is there. CHOICE: the worst tried one makes room."""
         entries = self.entries.setdefault(task_id, [])
         if any(e["skill"] == skill for e in entries):
             return
@@ -269,7 +265,7 @@ class SkillBank:
         entries.append(dict(skill=skill, picks=0, reward_sum=0.0, source_reward=source_reward))
 
     def state_dict(self):
-        return {task: [dict(e, skill=dataclasses.asdict(e["skill"])) for e in entries]
+        return {task: [dict(e, skill=asdict(e["skill"])) for e in entries]
                 for task, entries in self.entries.items()}
 
     def load_state_dict(self, state):
@@ -295,6 +291,7 @@ class Chat:
         # Texts before system, user, (an old answer), the next user text after it, the next answer.
         self.before, self.between, _, self.after_answer, generation_prompt = pieces
         self.opening = generation_prompt + prefill
+        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")   # an answer has it
         added = tokenizer.get_added_vocab()    # some are runs of blanks, which are harmless
         names = [re.escape(t) for t in (token.strip(" \t\r\n\u2581") for token in added) if t[1:]]
         self.control = re.compile("|".join(names) or "(?!)")
@@ -338,7 +335,7 @@ class Chat:
         elif self.tokenizer.chat_template != sokoban_env.TINY_TEMPLATE:    # has no such words
             before = self.between + self.clean(system) + "\n\n"
         if skill is not None:                  # CHOICE: in the first user message, above the task
-            notes = self.clean(SKILL_TEXT.format(**dataclasses.asdict(skill)))
+            notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
             found = self.backend.encode(notes, add_special_tokens=False)
             if len(found.ids) > self.max_skill_tokens:
                 notes = notes[:found.offsets[self.max_skill_tokens][0]]
@@ -385,9 +382,8 @@ class KeyValueCache(DynamicCache):
 
 
 class Decoder:
-    """Next-token log-probs for rows of ragged conversations that grow on one KV cache. Each call
-    appends one chunk per row, padded on the left. `real` (B, slots) is 1 where a slot of the cache
-    holds a token; its cumulative sum gives the token's position."""
+    """Next-token log-probs for ragged conversations that grow on one KV cache. Each call appends a
+    chunk per row, padded on the left; `real` (B, slots) is 1 where a slot holds a token."""
 
     def __init__(self, model, cfg):
         self.model, self.temperature, self.real = model, cfg.temperature, None
@@ -429,20 +425,6 @@ class Decoder:
         self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
 
 
-def checked(env, method, *args):
-    """What env.method(*args) returns; ValueError if that is not what `rollout` asks for."""
-    value = getattr(env, method)(*args)
-    right, wanted = dict(
-        reset=(isinstance(value, str), "a text"),
-        step=(isinstance(value, tuple) and [*map(type, value)][:1] == [str] and len(value) == 2,
-              "a text and whether the episode is over"),
-        completion=(isinstance(value, (int, float, np.number)) and not abs(value - 0.5) > 0.5,
-                    "a number in [0, 1], or nan"))[method]
-    if not right:
-        raise ValueError(f"{type(env).__name__}.{method} returned {value!r:.99}, not {wanted}")
-    return value
-
-
 def sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy):
     """One answer per row: [(ids, logps)], each up to an eos id (kept) or max_new_tokens."""
     answers, unfinished = [([], []) for _ in chunks], range(len(chunks))
@@ -463,12 +445,11 @@ def sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy):
 
 @torch.no_grad()
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
-    """Play one episode in every environment, cfg.rollout_batch as one batch, and close them.
-    model samples from its full softmax at cfg.temperature, or takes the likeliest token (`greedy`);
-    envs: objects with task_id, system_prompt, reset() -> str, step(text) -> (str, done),
-    completion() -> [0, 1] or nan for an episode that was lost, and close(); skills: one Skill or
-    None per environment, read if cfg.actor is teacher or cfg.skill_reader is student; generator: a
-    torch.Generator on the model's device. Returns a list[Trajectory] in the order of `envs`."""
+    """Play one episode in every environment, cfg.rollout_batch as one batch, and close them. model
+    samples from its full softmax at cfg.temperature, or the likeliest token (`greedy`); envs have
+    task_id, system_prompt, reset() -> str, step(text) -> (str, done), completion() -> [0, 1], nan
+    for a lost episode, and close(); skills: a Skill or None for each, read if cfg.actor is teacher
+    or cfg.skill_reader student; generator: on the model's device. Returns a list[Trajectory]."""
     skills, n = skills or [None] * len(envs), cfg.rollout_batch
     if len(envs) > n:
         parts = [(envs[i:i + n], cfg, skills[i:i + n]) for i in range(0, len(envs), n)]
@@ -484,7 +465,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     run = ThreadPoolExecutor(len(envs)).map if threads else (
         lambda call, *rows: [call(*row) for row in zip(*rows)])
     trajectories, playing, chunks = [], [], []
-    for env, task, skill in zip(envs, run(lambda env: checked(env, "reset"), envs), skills):
+    for env, task, skill in zip(envs, run(lambda env: env.reset(), envs), skills):
         prompts = [render(env.system_prompt, task, shown) for shown in (None, skill)]
         trajectories.append(t := Trajectory(
             env.task_id, skill, *prompts, [dict(role="user", content=task)],
@@ -496,12 +477,14 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             chunks.append(prompts[reads_skill])                # x or x + S(x)
     while playing:
         answers = sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy)
-        texts = [cfg.prefill + tokenizer.decode(
+        texts = [chat.thinks + cfg.prefill + tokenizer.decode(
             y, skip_special_tokens=True, clean_up_tokenization_spaces=False) for y, _ in answers]
-        steps = run(lambda pair, text: checked(pair[1], "step", text), playing, texts)
+        steps = run(lambda pair, text: pair[1].step(text), playing, texts)
         still, chunks = [], []
-        for row, ((t, env), (ids, logps), (observation, done)) in enumerate(
-                zip(playing, answers, steps)):
+        for row, ((t, env), (ids, logps), step) in enumerate(zip(playing, answers, steps)):
+            assert isinstance(step, tuple) and [*map(type, step)][:1] == [str] and len(step) == 2, (
+                f"{type(env).__name__}.step returned {step!r:.99}; expected are a str and a bool")
+            observation, done = step
             following = [] if done else chat.next_turn(observation, ids[-1])
             t.ids += ids
             t.mask += [True] * len(ids)
@@ -512,7 +495,10 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                            dict(role="user", content=observation)]
             full = len(t.prompt) + len(t.ids) + len(following) > limit
             if done or full:                   # CHOICE: a full context ends the episode
-                t.reward = checked(env, "completion")
+                t.reward = env.completion()
+                assert isinstance(t.reward, (int, float)) and not abs(t.reward - 0.5) > 0.5, (
+                    f"{type(env).__name__}.completion returned {t.reward!r}; expected is a float "
+                    "from 0 to 1, or nan")
                 t.counts |= dict(truncated=int(not done)) | getattr(env, "counts", {})
                 env.close()
             else:
@@ -573,9 +559,8 @@ def masked_mean(x, mask):
 
 def group_advantages(rewards, group_size, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over each group of consecutive rollouts of one task.
-    rewards: (n,), n a multiple of group_size; nan leaves an episode out of its group. CHOICE:
-    population std, eps. Float64 inside. Returns (n,) float32: 0 where the reward is nan, exactly 0
-    in a group of equal rewards or with fewer than two that count. Needs: math, torch."""
+    rewards: (n,), nan leaves an episode out. CHOICE: population std, eps. Returns (n,) float32: 0
+    for nan, exactly 0 in a group of equal rewards or of one that counts. Needs: math, torch."""
     r = torch.as_tensor(rewards, dtype=torch.float64)
     assert len(r) % group_size == 0, f"{len(r)} rewards: not a multiple of group_size={group_size}"
     r = r.view(-1, group_size)                                           # (tasks, G)
@@ -598,12 +583,12 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
 
 def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     """1/N sum rho * k3, k3 = exp(-l) - 1 + l: the importance-weighted reverse KL to the teacher.
-    All (B, T); no gradient flows to logp_teacher and logp_old; padding may hold anything. With
-    tokens sampled by pi_old, the expected gradient at a fixed prefix is that of KL(student ||
-    teacher), for every theta. rho is differentiated, too: d/dlogp_student of rho * k3 is rho * l.
-    A float64 scalar, since exp(-l) soon leaves float32's range. Needs: torch, masked_mean.
-    Three tokens with rho = 1 and l = -1, 0, 1: the loss is (0.718 + 0 + 0.368) / 3, its gradient
-    by logp_student [-1/3, 0, 1/3]: descent makes the first likelier."""
+    All (B, T); no gradient to logp_teacher and logp_old; padding may hold anything. With tokens
+    sampled by pi_old, the expected gradient at a fixed prefix is that of KL(student || teacher),
+    for every theta, since rho is differentiated, too: d/dlogp_student of rho * k3 is rho * l.
+    A float64 scalar: exp(-l) soon leaves float32's range. Needs: torch, masked_mean. Three tokens
+    with rho = 1 and l = -1, 0, 1: the loss is (0.718 + 0 + 0.368) / 3, its gradient by
+    logp_student [-1/3, 0, 1/3]: descent makes the first likelier."""
     mask = mask.bool()
     p, q, old = (x.detach().double() for x in (logp_student, logp_teacher, logp_old))
     # Eq. 11: l = log pi_student - log pi_teacher
@@ -616,13 +601,6 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     # a constant here and its gradient written down: d(rho * k3)/dlogp = rho * l.
     slope = torch.where(mask, logp_student - logp_student.detach(), 0.0)             # 0, gradient 1
     return masked_mean(rho * k3 + rho * log_ratio * slope, mask)
-
-
-def exact_kl(logps_student, logps_teacher):
-    """KL(student || teacher) of each action token, (n,), summed over the vocabulary: what E[rho *
-    k3] estimates, without its variance. DEVIATION: the paper names it as future work. logps_*: (n,
-    V), log-softmaxed; the teacher's without gradient. Needs: torch.nn.functional as F."""
-    return F.kl_div(logps_teacher, logps_student, log_target=True, reduction="none").sum(-1)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -645,9 +623,8 @@ def score_as_teacher(teacher, batch, cfg, synced):
 
 def update(student, optimizer, batch, cfg, teacher=None):
     """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over trajectories that carry adv and
-    logp_teacher; kl = "exact" asks the teacher here, since a batch times the vocabulary is too much
-    to keep. N is that of the whole batch, of all processes. Returns metrics of the last step
-    (entropy: -log p of the sampled tokens). FloatingPointError if that would not be finite."""
+    logp_teacher; kl = "exact" asks the teacher here. N is that of the whole batch, of all
+    processes. Returns metrics of the last step; FloatingPointError if it would not be finite."""
     student.train(bool(cfg.gradient_checkpointing))            # needs train mode; dropout is 0
     n_tokens = all_sum(torch.tensor(float(sum(sum(t.mask) for t in batch)), device=student.device))
     names = "pg_loss sdl_loss log_ratio rho_minus_1 clip_fraction entropy".split()
@@ -663,15 +640,15 @@ def update(student, optimizer, batch, cfg, teacher=None):
             zeros = torch.zeros_like(logp)                                           # (B, T)
             old = zeros.masked_scatter(mask, torch.cat([t.logp_old for t in part]))
             pg = grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high)
-            if cfg.kl == "exact":
-                with torch.no_grad():
-                    wanted, _, others = response_logps(teacher, part, cfg, with_skill=True)
-                sdl = exact_kl(logps, others).mean()
+            if cfg.kl == "exact":              # DEVIATION: KL(student || teacher) over all words,
+                with torch.no_grad():          # what E[rho * k3] estimates; the paper's future work
+                    wanted, _, every = response_logps(teacher, part, cfg, with_skill=True)
+                sdl = F.kl_div(every, logps, log_target=True, reduction="none").sum(-1).mean()
             else:
                 wanted = zeros.masked_scatter(mask, torch.cat([
                     t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
                 sdl = sdl_loss(logp, wanted, old, mask)
-            logps = others = None              # too large to be held during the next pass
+            logps = every = None               # too large to be held during the next pass
             share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
             # Eq. 14: L = L_GRPO + lambda * L_SDL
             (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
@@ -711,11 +688,6 @@ def shown_skill(bank, task_id, entry, cfg, k):
     return entry and (Skill("", "", "") if cfg.skill_shown == "empty" else entry["skill"])
 
 
-def falling_lam(cfg, k):
-    """lambda in iteration k. DEVIATION, if lam_until is above 0: it falls linearly to 0."""
-    return cfg.lam * (max(0.0, 1 - k / (cfg.lam_until * cfg.iterations)) if cfg.lam_until else 1.0)
-
-
 EVALS = 0, 1 / 20, 1 / 10, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6        # shares of a run
 METHODS = {
     "base": dict(iterations=0),                                    # untrained
@@ -726,8 +698,8 @@ METHODS = {
     "frozen": dict(sync_every=0),                                  # ablations: frozen teacher
     "off_policy_frozen": dict(actor="teacher", sync_every=0),      # the teacher acts
     "off_policy": dict(actor="teacher"),
-    "exact": dict(kl="exact"),                                     # DEVIATIONS: no sampled KL,
-    "falling": dict(lam_until=0.5),                                # lambda ends in mid-run
+    "exact": dict(kl="exact"),                                     # DEVIATION: the exact KL
+    "falling": dict(lam_until=0.5),                                # DEVIATION: lambda falls to 0
     "other_skill": dict(skill_shown="other"),                      # controls: does content matter?
     "empty_skill": dict(skill_shown="empty"),
 }
@@ -740,17 +712,18 @@ def train(cfg):
         return json.loads((folder / "result.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     world = __import__(cfg.env).make_world(cfg)                # has train, heldout, make_env(id)
-    if cfg.tasks_per_iteration > len(world.train):
-        raise ValueError(f"tasks_per_iteration={cfg.tasks_per_iteration}: must be at most "
-                         f"{len(world.train)}, the number of training tasks")
+    assert cfg.tasks_per_iteration <= len(world.train), (
+        f"tasks_per_iteration={cfg.tasks_per_iteration}: at most {len(world.train)} tasks")
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95))    # CHOICE
     bank, generator = SkillBank(cfg.ucb_c, cfg.bank_size), torch.Generator(student.device)
-    log = load(folder, student, teacher, optimizer, bank)      # one line of it per iteration
+    parts = dict(student=student, teacher=teacher, optimizer=optimizer)
+    log = load(folder, parts, bank)            # one line of it per iteration
 
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
-        now, heldout = dataclasses.replace(cfg, lam=falling_lam(cfg, k)), {}
+        fallen = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0
+        now, heldout = replace(cfg, lam=cfg.lam * max(0.0, 1 - fallen)), {}
         if cfg.evals and k in [round(share * cfg.iterations) for share in EVALS]:
             heldout = evaluate(student, tokenizer, world, cfg, k)
         times = [time.perf_counter()]
@@ -764,8 +737,8 @@ def train(cfg):
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
-        held = [bank.entries[task] for task in tasks if picks[task]]  # for the log: UCB's own picks
-        decided = [len(entries) > 1 and all(e["picks"] for e in entries) for entries in held]
+        decided = [len(held) > 1 and all(e["picks"] for e in held)           # for the log
+                   for held in map(bank.entries.get, tasks) if held]
         skills = {task: shown_skill(bank, task, picks[task], cfg, k) for task in tasks}
         rows = [task for task in tasks for _ in range(cfg.group_size)]
         episodes = rollout(teacher if cfg.actor == "teacher" else student, tokenizer,
@@ -778,8 +751,7 @@ def train(cfg):
         for t, a in zip(episodes, adv.tolist()):
             t.adv = a
         batch = [t for t in episodes if not math.isnan(t.reward)]
-        if not batch:
-            raise OSError(f"every episode was lost: {episodes[0].counts}, {episodes[0].messages}")
+        assert batch, f"every episode was lost: {episodes[0].counts}, {episodes[0].messages}"
         groups = {task: [t for t in batch if t.task_id == task] for task in tasks}
 
         # 4. the teacher re-scores the same tokens under x + S(x)
@@ -818,19 +790,18 @@ def train(cfg):
             zero_spread_groups=[len({t.reward for t in group}) == 1 for group in groups.values()]))
         write(folder / "log.jsonl", "".join(log))
         if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
-            write(folder / "checkpoint.pt", dict(
-                student=student.state_dict(), teacher=teacher.state_dict(), log=log,
-                optimizer=optimizer.state_dict(), banks=gather(bank.state_dict())))
+            write(folder / "checkpoint.pt", {name: part.state_dict() for name, part in parts.items()}
+                  | dict(log=log, banks=gather(bank.state_dict())))
 
-    result, banks = evaluate(student, tokenizer, world, cfg), gather(bank.state_dict())
+    result = evaluate(student, tokenizer, world, cfg, cfg.iterations)
     lines = [line for line in map(json.loads, log) if "heldout_sampled" in line]
     result["curve"] = [[line["iteration"], line["heldout_sampled"]] for line in lines] + [
         [cfg.iterations, np.equal(result["sampled"][:512], 1).mean().item()]]
     if RANK == 0:
         student.save_pretrained(folder / "student")
         tokenizer.save_pretrained(folder / "student")
-    write(folder / "student" / "skill_sd.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-    write(folder / "bank.json", json.dumps(banks, indent=1))
+    write(folder / "student" / "skill_sd.json", json.dumps(asdict(cfg), indent=1))
+    write(folder / "bank.json", json.dumps(gather(bank.state_dict()), indent=1))
     write(folder / "result.json", json.dumps(result))
     return result
 
@@ -850,9 +821,8 @@ def gather(item):
 
 
 def run_folder(cfg):
-    """Named by method, model, seed and a hash of all settings that the result depends on. In it:
-    log.jsonl, checkpoint.pt, and at the end student/, bank.json, result.json."""
-    settings = {name: value for name, value in dataclasses.asdict(cfg).items()
+    """Named by method, model, seed and a hash of all settings that the result depends on."""
+    settings = {name: value for name, value in asdict(cfg).items()
                 if name not in ("preset", "seeds", "out", "device", "save_every")}
     key = hashlib.sha256(json.dumps([settings, RANKS]).encode()).hexdigest()[:6]
     return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key}"
@@ -861,18 +831,17 @@ def run_folder(cfg):
 def write(path, data):
     """Replace a file by a finished temporary one: it is whole or absent. Process 0 writes."""
     if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         torch.save(data, part) if path.suffix == ".pt" else part.write_text(data)
         os.replace(part, path)
 
 
-def load(folder, student, teacher, optimizer, bank):
+def load(folder, parts, bank):
     """Restore the checkpoint, if there is one. Returns the lines of its log."""
     if not (folder / "checkpoint.pt").exists():
         return []
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    for part, name in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer")):
+    for name, part in parts.items():
         part.load_state_dict(state[name])
     bank.load_state_dict(state["banks"][RANK])
     return state["log"]
@@ -891,18 +860,16 @@ def log_line(batch, times, metrics, **lists):
                        for name in dict.fromkeys(name for row in rows for name in row)}) + "\n"
 
 
-# ---- Summarizer's server, models, evaluation -----------------------------------------------------
 def ask_server(trajectory, cfg, timeout=60):
     """(answer, "") of an OpenAI-compatible server to a transcript, or after three tries ("", the
     reason): each costs a skill, not the run."""
-    chat = [dict(role="system", content=SUMMARIZER_PROMPT),
-            dict(role="user", content=trajectory.transcript())]
-    body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=chat)
+    body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
+        dict(role="system", content=SUMMARIZER_PROMPT),
+        dict(role="user", content=trajectory.transcript())])
     request = urllib.request.Request(
         cfg.summarizer.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
         {"Content-Type": "application/json", "User-Agent": "skill-sd"})
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if key:
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (1, 4, 0):
         said, end = b"", time.monotonic() + timeout            # also of a server that drips
@@ -950,113 +917,97 @@ def load_model(cfg, world):
         raise ValueError(f"model={str(path)!r}: its recurrent layers, or keys that change with the "
                          "length, do not fit the cache; use a model of plain attention")
     window = getattr(text, "max_position_embeddings", cfg.max_context)
-    if cfg.max_context > window:
-        raise ValueError(f"max_context={cfg.max_context}: {path} reads {window} tokens at most")
+    assert cfg.max_context <= window, f"max_context={cfg.max_context}: {path} reads {window} at most"
     if cfg.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)    # transformers 5
         (renamed or model.gradient_checkpointing_enable)(dict(use_reentrant=False))
     return model, tokenizer
 
 
-def evaluate(model, tokenizer, world, cfg, k=None):
-    """Held-out completions under the plain prompt, one number per task: `sampled` at the training's
-    temperature, and `greedy`; before iteration k of the first 512 tasks. A lost episode counts as
-    0. Prints a line."""
+def evaluate(model, tokenizer, world, cfg, k):
+    """Completions after k iterations under the plain prompt, one number per held-out task, in
+    mid-run of the first 512: `sampled` at the training's temperature, and `greedy`. Lost: 0."""
     result, generator = {}, torch.Generator(model.device)
-    tasks, lost = world.heldout[:None if k is None else 512], 0
+    tasks = world.heldout[:None if k == cfg.iterations else 512]
     for how in ("sampled", "greedy"):
         generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "evaluate"))
         envs = [world.make_env(task) for task in tasks[RANK::RANKS]]
         played = rollout(model, tokenizer, envs, cfg, generator=generator, greedy=how == "greedy")
-        rewards = sum(gather([t.reward for t in played]), [])
-        result[how], lost = np.nan_to_num(rewards).tolist(), lost + np.isnan(rewards).sum()
-    solved = " and ".join(f"{100 * np.equal(rewards, 1).mean():.1f} % {how}"
-                          for how, rewards in result.items())
+        result[how] = sum(gather([t.reward for t in played]), [])
+    sampled, greedy = (100 * np.equal(rewards, 1).mean() for rewards in result.values())
     if RANK == 0:
-        tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {cfg.iterations if k is None else k} "
-                   f"iterations: {solved} of {len(tasks)} held-out tasks"
-                   + f", {lost} episodes lost" * bool(lost))
-    return result
-
-
-BARS = "▁▂▃▄▅▆▇█"
+        tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {k} iterations: {sampled:.1f} % sampled, "
+                   f"{greedy:.1f} % greedy of {len(tasks)} held-out tasks; "
+                   f"{np.isnan([*result.values()]).sum()} episodes lost")
+    return {how: np.nan_to_num(rewards).tolist() for how, rewards in result.items()}
 
 
 def print_table(results):
-    """results: [(method, seed, evaluated)]. Mean and 95 % interval in percent, over tasks for one
-    seed, else over seeds (Student's t, a bit wide from 10 values on). Differences are paired. area:
-    the sampled accuracy's mean over the run's episodes, by trapezoids; below, its curve."""
+    """results: [(method, seed, evaluated)]. Mean and 95 % interval, over tasks for one seed, else
+    over seeds (Student's t, a bit wide from 10 on). Differences are paired. acc: only 1 counts;
+    comp: mean completion; area: acc's mean over the episodes, by trapezoids."""
     rows, curves = {}, {}
-    for method, _, result in results:          # acc: only 1 counts; comp: the mean completion
-        x, y = np.array(result["curve"]).T
-        curves.setdefault(method, []).append(y)
+    for method, _, result in results:
+        sampled, greedy, (x, y) = result["sampled"], result["greedy"], np.transpose(result["curve"])
         area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if len(x) > 1 else y[0]
-        rows.setdefault(method, []).append([
-            np.equal(result["sampled"], 1), result["sampled"], np.equal(result["greedy"], 1),
-            result["greedy"], [area] * len(result["greedy"])])
+        rows.setdefault(method, []).append([np.equal(sampled, 1), sampled, np.equal(greedy, 1),
+                                            greedy, np.full(len(greedy), area)])
+        curves.setdefault(method, []).append(y)
     rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 5, tasks)
     ours = "skill_sd" if "skill_sd" in rows else results[-1][0]
     rows |= {f"{ours} - {name}": rows[ours] - rows[name] for name in [*rows] if name != ours}
     seeds, _, tasks = rows[ours].shape
-    print(f"\n{tasks} held-out tasks, {seeds} seed(s); percent, ± 95 % interval")
-    print(" " * 28 + "sampled acc     sampled comp    greedy acc      greedy comp     area")
+    print(f"\n{tasks} held-out tasks, {seeds} seed(s); percent, ± 95 % interval\n{'':28}"
+          "sampled acc     sampled comp    greedy acc      greedy comp     area")
     quantile = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, *[2.26] * 20, 2.05]
     for name, values in rows.items():
         values = values.mean(2) if seeds > 1 else values[0].T            # (seeds or tasks, 5)
         half = quantile[min(len(values), 30) - 1] * values.std(0, ddof=1) / math.sqrt(len(values))
-        print(f"{name:<28}" + "".join(f"{mean:5.1f} ±{h:5.1f}    "
-                                      for mean, h in zip(values.mean(0), half)).rstrip())
-    print(f"\nheld-out accuracy, sampled, after {x.astype(int).tolist()} iterations, 0 to 100 %")
+        cells = [f"{mean:5.1f} ±{h:5.1f}" for mean, h in zip(values.mean(0), half)]
+        print(f"{name:<28}{'    '.join(cells)}")
+    print(f"\nheld-out sampled acc, 0 to 100 %, after iterations {x.astype(int).tolist()}")
     for name, runs in curves.items():
-        print(f"{name:<28}" + "".join(BARS[min(7, int(8 * y))] for y in np.mean(runs, 0)))
+        print(f"{name:<28}" + "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * y))] for y in np.mean(runs, 0)))
 
 
 @torch.no_grad()
 def watch(cfg):
-    """Print a training task's episode by the untrained student, the best skill that the run wrote
-    for it, and what student and teacher think of the moves at every turn: what SDL pushes."""
-    banks = json.loads((run_folder(cfg) / "bank.json").read_text())
-    entries = {task: entries for bank in banks for task, entries in bank.items()}
-    task = max(entries, key=lambda task: entries[task][-1]["source_reward"])
-    skill, world = Skill(**entries[task][-1]["skill"]), sokoban_env.make_world(cfg)
+    """Print an episode of a training task by the untrained student, a skill that the run wrote for
+    it, and what student and teacher think of the moves at every turn: what SDL pushes."""
+    (bank,) = json.loads((run_folder(cfg) / "bank.json").read_text())
+    task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
+    skill, world = Skill(**bank[task][-1]["skill"]), sokoban_env.make_world(cfg)
     model, tokenizer = load_model(cfg, world)
     (t,) = rollout(model, tokenizer, [world.make_env(task)], cfg, [skill])
-    (p_made, _, p), (q_made, _, q) = (response_logps(model, [t], cfg, read) for read in (0, 1))
+    (logp, _, p), (logp_teacher, _, q) = (response_logps(model, [t], cfg, read) for read in (0, 1))
     moves = tokenizer.convert_tokens_to_ids([*sokoban_env.MOVES])        # p, q: (turns, V)
-    print(f"\n{SKILL_TEXT.format(**dataclasses.asdict(skill))}\n\n{t.messages[0]['content']}\n\n"
-          "answer       of: up  down  left  right     with the notes: up  down  left  right   "
-          "log-ratio")
-    for turn, answer in enumerate(t.messages[1::2]):
-        plain, noted = ("  ".join(f"{x:.2f}" for x in logps[turn, moves].exp()) for logps in (p, q))
-        l = (p_made - q_made)[0, turn]
-        print(f"{answer['content']:<17}{plain}{noted:>40}{l:12.2f}")
+    print(f"\n{SKILL_TEXT.format(**asdict(skill))}\n\n{t.messages[0]['content']}\n")
+    sokoban_env.print_thoughts([m["content"] for m in t.messages[1::2]], p[:, moves].exp().tolist(),
+                               q[:, moves].exp().tolist(), (logp - logp_teacher)[0].tolist())
 
 
 # ---- Presets and the command line ----------------------------------------------------------------
 # The size of an experiment. Strongest first: a method's row, typed, saved with a model, a preset.
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, lam=0.001,
             evals=0)
+PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_batch=16)
 PRESETS = {
     "tiny": {},                                # reward is plentiful
     "scarce": dict(min_moves=5, max_moves=12, max_turns=16, timid=0.9, tasks_per_iteration=4,
                    group_size=4, iterations=160, lr=5e-4, curriculum=0.0),
-    # CHOICE: an instruct model that trains on one GPU of 24 GB
     "small": CHAT | dict(model="Qwen/Qwen2.5-0.5B-Instruct", iterations=100, max_turns=20,
                          train_levels=96, test_levels=64, max_new_tokens=16, prefill="<answer>",
-                         max_context=4096, rollout_batch=128),
+                         max_context=4096, rollout_batch=128),               # a GPU of 24 GB
     # the paper's worlds; lam: its best on AppWorld; what it does not give is CHOICE
-    "paper": CHAT | dict(
-        model="Qwen/Qwen3-4B-Instruct-2507", iterations=180, max_turns=40, train_levels=96, boxes=2,
-        test_levels=64, max_moves=20, max_new_tokens=256, max_context=16384, rollout_batch=16),
-    "appworld": CHAT | dict(
-        model="Qwen/Qwen3-4B-Instruct-2507", iterations=300, max_turns=40, max_new_tokens=512,
-        max_context=32768, rollout_batch=16, env="appworld_adapter", curriculum=0.0),
+    "paper": PAPER | dict(iterations=180, boxes=2, max_moves=20, train_levels=96, test_levels=64,
+                          max_new_tokens=256, max_context=16384),
+    "appworld": PAPER | dict(iterations=300, env="appworld_adapter", curriculum=0.0,
+                             max_new_tokens=512, max_context=32768),
 }
 
 
 def configure(typed, method, seed):
-    """The Config of one run. A model that this program has trained brings the settings of its world
-    and of its training, except those that make a method."""
+    """The Config of one run. A model trained by this program brings its settings of old."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be all, or of {', '.join(METHODS)}")
     trained = Path(typed.get("model", "")) / "skill_sd.json"
@@ -1077,7 +1028,7 @@ def parse_args(argv=None):
     """What was typed, as a dict. Config's comments are the help texts."""
     parser = argparse.ArgumentParser(description="Skill-SD: see the top of this file.")
     source, allowed = inspect.getsource(Config), dict(preset=[*PRESETS])
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +CHOICE)?$", source, re.MULTILINE)
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
                             choices=allowed.get(f.name, get_args(f.type)) or None,
@@ -1101,12 +1052,12 @@ def main():
         results = [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]
         if RANK == 0:
             print_table(results)
-            if RANKS == 1 and len(plans) == 2 and plans[1].model == "tiny" and plans[1].lam:
-                watch(plans[-1])
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+            demo = len(plans) == 2 and plans[1].model == "tiny" and RANKS == 1
+            if demo and plans[1].lam and plans[1].iterations:
+                watch(plans[1])
+    except (ValueError, AssertionError, OSError, ImportError, FloatingPointError,
+            KeyboardInterrupt) as error:
+        sys.exit(f"error: {str(error) or 'stopped; the same command goes on where it was'}")
 
 
 if __name__ == "__main__":

@@ -679,7 +679,7 @@ def tiny_model(tokenizer, seed):
         torch.manual_seed(derived_seed(seed, "tiny"))
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=10**6,
             initializer_range=0.1,             # with the usual 0.02 so narrow a model hardly starts
             tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None))
@@ -768,6 +768,14 @@ def warm_start(folder, cfg, skill_text, exclude):
     tokenizer.save_pretrained(part)
     if not folder.exists():                    # else another run was as quick
         os.replace(part, folder)
+
+
+def print_thoughts(answers, student, teacher, log_ratios):
+    """One line a turn: the answer, the chances of MOVES by student and teacher, the log-ratio."""
+    print("answer         student: up  down  left right  teacher: up  down  left right   log-ratio")
+    for answer, p, q, l in zip(answers, student, teacher, log_ratios):
+        p, q = ("  ".join(f"{x:.2f}" for x in chances) for chances in (p, q))
+        print(f"{answer:<22} {p}          {q}{l:12.2f}")
 
 
 # ----------------------------------------------------------------------------- play in a terminal

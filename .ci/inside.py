@@ -4,6 +4,7 @@
     python .ci/inside.py RUN_FOLDER
 """
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def inside(model, tokenizer, world, cfg, n=128):
 
     part, weights = first[:256], list(model.parameters())
     adv = skill_sd.group_advantages([t.reward for t in part], 8).to(model.device)
-    (logp, mask), (teacher, _) = (response_logps(model, part, cfg, shown) for shown in (0, 1))
+    (logp, mask, _), (teacher, *_) = (response_logps(model, part, cfg, shown) for shown in (0, 1))
     old, teacher = logp.detach(), teacher.detach()
     pg, sdl = (torch.cat([g.flatten() for g in torch.autograd.grad(
         loss, weights, retain_graph=True)]) for loss in (
@@ -60,23 +61,26 @@ def inside(model, tokenizer, world, cfg, n=128):
 
     found = {}                                 # (skill from a success, where): probabilities
     for group, note in zip(groups, best):
-        rooms, path, _ = sokoban_env.retrace(note.messages)
-        table = sokoban_env.distances(rooms[0])
-        rows = [row for t in group for row in zip(
-            sokoban_env.retrace(t.messages)[0], move_probs(model, tokenizer, t, t.prompt),
-            move_probs(model, tokenizer, t, t.skill_prompt))]
-        for room, p, q in rows:
-            state = room.player, room.boxes
-            good = sokoban_env.best_moves(room, *state, table)
-            where = "lost" if not good else "on the path" if state in path else "off the path"
-            found.setdefault((note.reward == 1, where), []).append(
-                (p[good].sum(), q[good].sum(), (p * (p / q).log()).sum()))
-    turns = sum(map(len, found.values()))
+        level = sokoban_env.room_in(note.messages[0]["content"])
+        table = sokoban_env.distances(level)
+        told = set(re.findall(r"push (\w+)", sokoban_env.analyse(note.messages)["golden_workflow"]))
+        for t in group:
+            rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]]
+            for room, p, q in zip(rooms, move_probs(model, tokenizer, t, t.prompt),
+                                  move_probs(model, tokenizer, t, t.skill_prompt)):
+                good = sokoban_env.best_moves(level, room.player, room.boxes, table)
+                where = "lost" if not good else (
+                    "notes fit" if sokoban_env.fits(level, room.boxes, told) else "they do not")
+                found.setdefault((note.reward == 1, where), []).append(
+                    (p[good].sum(), q[good].sum(), (p * (p / q).log()).sum()))
+    kl = torch.tensor([row[2] for rows in found.values() for row in rows])
+    share = 100 * (kl > 0.05).float().mean()
+    print(f"states with a signal, KL(student || teacher) above 0.05: {share:.0f} %")
     print("skill from   state          share   on best moves: student teacher   KL")
     for (solved, where), rows in sorted(found.items(), reverse=True):
-        p, q, kl = torch.tensor(rows).mean(0)
-        print(f"{'a success' if solved else 'a failure':<13}{where:<13}{len(rows) / turns:7.3f}"
-              f"{p:24.3f}{q:8.3f}{kl:7.3f}")
+        p, q, mean = torch.tensor(rows).mean(0)
+        print(f"{'a success' if solved else 'a failure':<13}{where:<13}{len(rows) / len(kl):7.3f}"
+              f"{p:24.3f}{q:8.3f}{mean:7.3f}")
 
 
 def main():
