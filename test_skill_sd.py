@@ -1022,6 +1022,23 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
+def test_the_readmes_trainer_calls_them():
+    """Its lines run as they stand, with a policy of five tokens, and move it to the teacher."""
+    (code,) = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    model, y = torch.zeros(5, requires_grad=True), torch.tensor([[0, 1], [2, 3]])
+    def sample(model, prompt):
+        names["bank"].add("t", SKILLS[0])
+        return y, torch.ones(2, 2), score(model, prompt, y).detach(), torch.tensor([0.0, 1.0])
+    def score(model, prompt, y):               # who reads a skill prefers late tokens
+        return (model + ("What worked" in prompt) * torch.arange(5)).log_softmax(-1)[y]
+    names = vars(skill_sd) | dict(
+        tasks=[("t", "go")] * 3, model=model, sample=sample, score=score,
+        your_loss=lambda logp, old, rewards, mask: grpo_loss(
+            logp, old, group_advantages(rewards, 2), mask, 0.2, 0.28))
+    exec(code, names)
+    assert names["entry"]["picks"] == 2 and model.grad[0] != 0
+
+
 # ---- On a GPU ------------------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda(tiny):
