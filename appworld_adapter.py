@@ -116,7 +116,7 @@ ready = os.dup(1)
 os.dup2(2, 1)
 import io, socket, uvicorn
 import IPython.utils.capture
-import appworld.environment
+import appworld.environment, appworld.requester
 import starlette.responses
 from IPython.core.interactiveshell import ExecutionResult
 import appworld.apps.supervisor.constants
@@ -157,7 +157,14 @@ def raise_error(self, own=ExecutionResult.raise_error):
             raise
         raise RuntimeError(type(error).__name__) from error
 
+def encodable(request, own=appworld.requester.jsonable_encoder):
+    try:
+        return own(request)
+    except ValueError:                                             # a regex's match, say
+        return repr(request)
+
 IPython.utils.capture.StringIO = Printed
+appworld.requester.jsonable_encoder = encodable
 appworld.environment.timeout_call = timeout_call
 ExecutionResult.raise_error = raise_error
 starlette.responses.JSONResponse.render = lambda self, content: json.dumps(content).encode()
@@ -313,7 +320,8 @@ COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "fail
 
 def code_blocks(response):
     """The code in an answer; what a model only thinks, between <think> and </think>, is none."""
-    answer = response.rpartition("</think>")[2].partition("<think>")[0]
+    answer = re.split(r"</(?:seed:)?think(?:ing)?>|\[/THINK\]", response, flags=re.I)[-1]
+    answer = re.split(r"<(?:seed:)?think(?:ing)?>|\[THINK\]", answer, flags=re.I)[0]
     return [textwrap.dedent(block) for block in BLOCK.findall(answer)]
 
 
@@ -355,13 +363,14 @@ class AppWorldEnv:
         self.max_chars, self.timeout_s = max_chars, timeout_s
         self.counts = dict.fromkeys(COUNTED, 0)
         self._server, self._completion, self._over, self._turns = None, None, True, 0
+        self._ran = False              # whether a block has had the engine's attention
 
     def reset(self):
         """The first message. AppWorldError if no server comes up, or a new one fails at once."""
         self.close()
         self.counts, self._completion = dict.fromkeys(COUNTED, 0), None
         server = self._server = take_server()
-        self._over, self._turns = False, 0
+        self._over, self._turns, self._ran = False, 0, False
         try:
             world = self._ask("initialize", timeout_seconds=self.timeout_s,     # a name of its own
                               experiment_name=f"skill_sd/{server.folder.name}")
@@ -399,6 +408,7 @@ class AppWorldEnv:
 
     def _run(self, code):
         code = code.encode("utf-8", "replace").decode()    # a lone surrogate would be a 500
+        self._ran = True
         self.counts["answer_key"] += bool(ANSWER_KEY.search(code))
         output = self._ask("execute", seconds=self.timeout_s + GRACE_SECONDS, code=code)
         before, _, error = output.partition("Execution failed. Traceback:\n")   # engine's words
@@ -439,8 +449,7 @@ class AppWorldEnv:
             self._server.stop()
             if not self._over:     # an episode that has ended keeps its score
                 # CHOICE: an engine that a block has ended is the model's doing, no lost episode
-                killed = alive and path in ("execute", "task_completed") and isinstance(
-                    error, AppWorldError)
+                killed = alive and self._ran and isinstance(error, AppWorldError)
                 self._completion = (self._completion or 0.0) if killed else math.nan
                 self.counts["killed" if killed else "lost"] = 1
             self._server, self._over = None, True

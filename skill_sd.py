@@ -121,7 +121,7 @@ class Config:
                 "seed", "iterations", "sync_every", "gradient_checkpointing", "evals"))
             if not isinstance(value, str) and not least <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be {least} or more, and finite")
-        served, key = self.summarizer.startswith("http"), os.environ.get("OPENAI_API_KEY", "")
+        served = re.fullmatch(r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/\S*)?", self.summarizer)
         rules = self.summarizer == "rules" and self.env == "sokoban_env"
         for name, wrong, right in (
                 ("group_size", self.group_size < 2 and self.reward_weight, "one has no advantage"),
@@ -137,7 +137,8 @@ class Config:
                  "torch sees none; use auto or cpu"),
                 ("max_context", self.max_context <= self.max_skill_tokens + self.max_new_tokens,
                  "must exceed max_skill_tokens + max_new_tokens"),
-                ("summarizer", served and not key.isascii(), "OPENAI_API_KEY is not ASCII"),
+                ("summarizer", served and not os.environ.get("OPENAI_API_KEY", "").isascii(),
+                 "OPENAI_API_KEY has characters that are not ASCII"),
                 ("summarizer_model", served and not self.summarizer_model, "one of the server's")):
             if wrong:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {right}")
@@ -177,10 +178,12 @@ def parse_skill(text):
     names, text = ("success_analysis", "mistake_analysis", "golden_workflow"), text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
     # The last one ends where a key follows or the object ends, not at a quote within it.
-    strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:\}[^"]*)?$)'
-    for part in {text.rpartition("</think>")[2]: 0, text: 0}:  # the answer, else all of it
-        whole = [part[m.start():] for m in re.finditer(r"\{", part)][:100]
-        for candidate in whole + ["{" + m[0] + "}" for m in re.finditer(strings, part)]:
+    strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:[}`][^"]*)?$)'
+    for part in (re.split(r"</think(?:ing)?>|\[/THINK\]", text)[-1], text):  # the answer, or all
+        starts = [m.start() for m in re.finditer(r"\{", part)][:100]
+        damaged = ["{" + re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", m[0]) + "}"         # as in \_
+                   for m in re.finditer(strings, part)]
+        for candidate in [part[start:] for start in starts] + damaged:
             with suppress(ValueError, RecursionError, KeyError, TypeError):
                 found = json.JSONDecoder(strict=False).raw_decode(candidate)[0]
                 values = ["" if found[name] is None else found[name] for name in names]
@@ -199,7 +202,7 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
         # turn. CHOICE: the JSON is begun, and sampled at 0.6: small models seldom end it otherwise.
         window = getattr(student.config, "max_position_embeddings", cfg.max_context)
         own = replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=window,
-                                  temperature=0.6, prefill='{"success_analysis": "')
+                      temperature=0.6, prefill='{"success_analysis": "')
         envs = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, reset=t.transcript,
             step=lambda answer: ("", True), completion=lambda: 0.0, close=lambda: None)
@@ -208,21 +211,23 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
         answers = [w.messages[1]["content"] if w.turns else "" for w in written]
     else:
         with ThreadPoolExecutor(16) as pool:
-            answers, reasons = zip(*pool.map(partial(ask_server, cfg=cfg), trajectories))
-        if any(reasons):
-            tqdm.write(f"no skill from {cfg.summarizer}: {next(filter(None, reasons))}")
-    skills = []
+            answers = [*pool.map(partial(ask_server, cfg=cfg), trajectories)]
+    skills, failed = [], []
     for t, answer in zip(trajectories, answers):
-        with suppress(ValueError):
+        try:
             skills.append((t, parse_skill(answer)))
+        except ValueError as error:
+            failed.append(error)
+    if failed:
+        tqdm.write(f"{len(failed)} of {len(answers)} skills failed, the first: {failed[0]}")
     return skills
 
 
 # ---- The bank: B(x), and UCB over the skills of the same task ------------------------------------
 class SkillBank:
     """Skills by task, picked by UCB. Needs: math, dataclasses.asdict, Skill.
-    entries: {task_id: [entry, ...]}, oldest first; an entry has `skill`, `picks` n(e), `reward_sum`,
-    and `source_reward`, the completion of the trajectory it was written from. CHOICE: ask `wants`
+    entries: {task_id: [entry, ...]}, oldest first; an entry has skill, picks n(e), reward_sum, and
+    source_reward, the completion of the trajectory it was written from. CHOICE: ask `wants`
     before `add`: if every skill entered, "untried first" would always win and UCB never decide. The
     student never sees the skill: its credit was earned before it could act. The statistic lags."""
 
@@ -291,7 +296,7 @@ class Chat:
         # Texts before system, user, (an old answer), the next user text after it, the next answer.
         self.before, self.between, _, self.after_answer, generation_prompt = pieces
         self.opening = generation_prompt + prefill
-        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")   # an answer has it
+        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")  # of each answer
         added = tokenizer.get_added_vocab()    # some are runs of blanks, which are harmless
         names = [re.escape(t) for t in (token.strip(" \t\r\n\u2581") for token in added) if t[1:]]
         self.control = re.compile("|".join(names) or "(?!)")
@@ -482,7 +487,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         steps = run(lambda pair, text: pair[1].step(text), playing, texts)
         still, chunks = [], []
         for row, ((t, env), (ids, logps), step) in enumerate(zip(playing, answers, steps)):
-            assert isinstance(step, tuple) and [*map(type, step)][:1] == [str] and len(step) == 2, (
+            assert isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], str), (
                 f"{type(env).__name__}.step returned {step!r:.99}; expected are a str and a bool")
             observation, done = step
             following = [] if done else chat.next_turn(observation, ids[-1])
@@ -495,10 +500,10 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                            dict(role="user", content=observation)]
             full = len(t.prompt) + len(t.ids) + len(following) > limit
             if done or full:                   # CHOICE: a full context ends the episode
-                t.reward = env.completion()
-                assert isinstance(t.reward, (int, float)) and not abs(t.reward - 0.5) > 0.5, (
-                    f"{type(env).__name__}.completion returned {t.reward!r}; expected is a float "
-                    "from 0 to 1, or nan")
+                reward = env.completion()
+                assert isinstance(reward, (int, float, np.number)), (
+                    f"{type(env).__name__}.completion returned {reward!r}; expected is a number")
+                t.reward = round(float(reward), 9)             # a sum of tenths may be 1, too
                 t.counts |= dict(truncated=int(not done)) | getattr(env, "counts", {})
                 env.close()
             else:
@@ -624,7 +629,7 @@ def score_as_teacher(teacher, batch, cfg, synced):
 def update(student, optimizer, batch, cfg, teacher=None):
     """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over trajectories that carry adv and
     logp_teacher; kl = "exact" asks the teacher here. N is that of the whole batch, of all
-    processes. Returns metrics of the last step; FloatingPointError if it would not be finite."""
+    processes. Returns metrics of the last step; AssertionError if it would not be finite."""
     student.train(bool(cfg.gradient_checkpointing))            # needs train mode; dropout is 0
     n_tokens = all_sum(torch.tensor(float(sum(sum(t.mask) for t in batch)), device=student.device))
     names = "pg_loss sdl_loss log_ratio rho_minus_1 clip_fraction entropy".split()
@@ -661,8 +666,8 @@ def update(student, optimizer, batch, cfg, teacher=None):
             p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
         sums = dict(zip(names, all_sum(totals).tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm).item()
-        if not math.isfinite(grad_norm + sum(sums.values())):
-            raise FloatingPointError(f"gradient norm {grad_norm}, {sums}; try a smaller lr or lam")
+        finite = math.isfinite(grad_norm + sum(sums.values()))
+        assert finite, f"gradient norm {grad_norm}, {sums}; try a smaller lr or lam"
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)      # free them for the next rollout
     metrics = sums | dict(grad_norm=grad_norm, action_tokens=n_tokens.item())
@@ -709,9 +714,11 @@ def train(cfg):
     """The algorithm, for all METHODS, which differ by settings alone. Returns evaluate's result."""
     folder = run_folder(cfg)
     if (folder / "result.json").exists():      # finished before
+        tqdm.write(f"finished before: {folder}")
         return json.loads((folder / "result.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    world = __import__(cfg.env).make_world(cfg)                # has train, heldout, make_env(id)
+    module = __import__(cfg.env, fromlist=["make_world"])
+    world = module.make_world(cfg)             # has train, heldout, make_env(id)
     assert cfg.tasks_per_iteration <= len(world.train), (
         f"tasks_per_iteration={cfg.tasks_per_iteration}: at most {len(world.train)} tasks")
     student, tokenizer = load_model(cfg, world)
@@ -719,7 +726,13 @@ def train(cfg):
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95))    # CHOICE
     bank, generator = SkillBank(cfg.ucb_c, cfg.bank_size), torch.Generator(student.device)
     parts = dict(student=student, teacher=teacher, optimizer=optimizer)
-    log = load(folder, parts, bank)            # one line of it per iteration
+    log, path = [], folder / "checkpoint.pt"   # of the log, one line per iteration
+    if path.exists():                          # go on
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        bank.load_state_dict(state["banks"][RANK])
+        log = state["log"]
 
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
         fallen = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0
@@ -790,8 +803,8 @@ def train(cfg):
             zero_spread_groups=[len({t.reward for t in group}) == 1 for group in groups.values()]))
         write(folder / "log.jsonl", "".join(log))
         if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
-            write(folder / "checkpoint.pt", {name: part.state_dict() for name, part in parts.items()}
-                  | dict(log=log, banks=gather(bank.state_dict())))
+            states = {name: part.state_dict() for name, part in parts.items()}
+            write(path, states | dict(log=log, banks=gather(bank.state_dict())))
 
     result = evaluate(student, tokenizer, world, cfg, cfg.iterations)
     lines = [line for line in map(json.loads, log) if "heldout_sampled" in line]
@@ -836,22 +849,12 @@ def write(path, data):
         os.replace(part, path)
 
 
-def load(folder, parts, bank):
-    """Restore the checkpoint, if there is one. Returns the lines of its log."""
-    if not (folder / "checkpoint.pt").exists():
-        return []
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    bank.load_state_dict(state["banks"][RANK])
-    return state["log"]
-
-
 def log_line(batch, times, metrics, **lists):
     """One line of JSON: means over lists, over the batch and over the processes."""
     lists |= dict(reward=[t.reward for t in batch], success=[t.reward == 1.0 for t in batch],
                   turns=[t.turns for t in batch])
-    lists |= {f"count_{name}": [t.counts[name] for t in batch] for name in batch[0].counts}
+    lists |= {f"count_{name}": [each.counts.get(name, 0) for each in batch]
+              for t in batch for name in t.counts}
     metrics |= {name: np.mean(values) for name, values in lists.items() if values}
     metrics |= dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update", "seconds_skills"),
                         np.diff(times)))
@@ -861,8 +864,8 @@ def log_line(batch, times, metrics, **lists):
 
 
 def ask_server(trajectory, cfg, timeout=60):
-    """(answer, "") of an OpenAI-compatible server to a transcript, or after three tries ("", the
-    reason): each costs a skill, not the run."""
+    """The answer of an OpenAI-compatible server to a transcript, or after three tries the reason
+    why there is none. No failure costs more than a skill."""
     body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
         dict(role="system", content=SUMMARIZER_PROMPT),
         dict(role="user", content=trajectory.transcript())])
@@ -880,13 +883,15 @@ def ask_server(trajectory, cfg, timeout=60):
             text = json.loads(said)["choices"][0]["message"]["content"]
             if isinstance(text, list):         # of parts, some of which may be thinking
                 text = "".join(part["text"] for part in text if part["type"] == "text")
-            return text + "", ""
+            if text.strip():
+                return text
+            reason = "no text"
         except Exception as error:             # of many kinds
             with suppress(Exception):          # an HTTP error has a body, which may quote the key
                 said = said or error.read(300)
-            reason = f"{error if isinstance(error, OSError) else 'no text'}: {said[:300]}"
-            time.sleep(wait)
-    return "", reason.replace(key or "\0", "***")
+            reason = error if isinstance(error, OSError) else "no text"
+        time.sleep(wait)
+    return f"[{cfg.summarizer}: {reason} {said[:300]}]".replace(key or "\0", "***")
 
 
 def load_model(cfg, world):
@@ -917,7 +922,7 @@ def load_model(cfg, world):
         raise ValueError(f"model={str(path)!r}: its recurrent layers, or keys that change with the "
                          "length, do not fit the cache; use a model of plain attention")
     window = getattr(text, "max_position_embeddings", cfg.max_context)
-    assert cfg.max_context <= window, f"max_context={cfg.max_context}: {path} reads {window} at most"
+    assert cfg.max_context <= window, f"max_context={cfg.max_context}: {path} reads only {window}"
     if cfg.gradient_checkpointing:
         renamed = getattr(model, "activation_checkpointing_enable", None)    # transformers 5
         (renamed or model.gradient_checkpointing_enable)(dict(use_reentrant=False))
@@ -1008,18 +1013,17 @@ PRESETS = {
 
 def configure(typed, method, seed):
     """The Config of one run. A model trained by this program brings its settings of old."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be all, or of {', '.join(METHODS)}")
+    assert method in METHODS, f"method={method!r}: must be all, or of {', '.join(METHODS)}"
     trained = Path(typed.get("model", "")) / "skill_sd.json"
     saved = json.loads(trained.read_text()) if trained.exists() and "preset" not in typed else {}
     left_out = {"out", "device", "save_every", *(name for row in METHODS.values() for name in row)}
-    saved = {name: value for name, value in saved.items() if name not in left_out}
+    saved = {f.name: saved[f.name] for f in fields(Config) if f.name in {*saved} - left_out}
     fitting = "tiny" if typed.get("model", "tiny") == "tiny" else "small"
     fitting = "appworld" if typed.get("env") == "appworld_adapter" else fitting
     preset = typed.get("preset") or saved.get("preset") or fitting
     for name, value in METHODS[method].items():
-        if typed.get("method") == method and typed.get(name, value) != value:
-            raise ValueError(f"{name}={typed[name]!r}: method {method} means {value!r}")
+        assert typed.get("method") != method or typed.get(name, value) == value, (
+            f"{name}={typed[name]!r}: method {method} means {value!r}")
     return Config(**PRESETS[preset] | saved | typed | METHODS[method]
                   | dict(method=method, seed=seed, preset=preset))
 
@@ -1055,8 +1059,7 @@ def main():
             demo = len(plans) == 2 and plans[1].model == "tiny" and RANKS == 1
             if demo and plans[1].lam and plans[1].iterations:
                 watch(plans[1])
-    except (ValueError, AssertionError, OSError, ImportError, FloatingPointError,
-            KeyboardInterrupt) as error:
+    except (ValueError, AssertionError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(f"error: {str(error) or 'stopped; the same command goes on where it was'}")
 
 

@@ -193,7 +193,7 @@ def read_levels(path):
     data, levels = Path(path).read_bytes(), []
     wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = data.decode("utf-16" if wide else "utf-8-sig", "replace")
-    lines, start = [*re.split(r"\r\n?|\n", text), ""], 0
+    lines, start = [*re.split(r"\r\n?|\n", text.expandtabs()), ""], 0
     for i, line in enumerate(lines):
         if not re.match(r"[ _-]*#", line):
             if i - start > 2:                  # fewer make no room: a heading, say
@@ -435,10 +435,12 @@ def parse_action(text):
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
     if not tagged and "<answer>" in text:
-        tagged = [text.rpartition("<answer>")[2].strip().partition("\n")[0]]
+        tagged = [text.strip().removesuffix("<answer>").rpartition("<answer>")[2].strip()]
+        tagged = [tagged[0].partition("\n")[0]]
     said = tagged[-1] if tagged else text
     words = re.findall(r"\b(up|down|left|right)\b", said)
-    several = tagged and re.fullmatch(r"(?:\b(?:up|down|left|right|then|and)\b|[\W\d_])*", said)
+    filler = "up|down|left|right|then|and|push|move|go|first|next|step"
+    several = tagged and re.fullmatch(rf"(?:\b(?:{filler})\b|[\W\d_])*", said)
     return MOVES.index(words[0 if several else -1]) if words else None
 
 
@@ -817,7 +819,7 @@ def play(levels):
             print(render(level))
             if level.completion() == 1.0:
                 print("solved")
-            typed = re.findall(r"\x1b(?:[\[O][\d;?]*)?(.)|(.)", input("> "))    # ESC [ A is "up"
+            typed = re.findall(r"\x1b(?:[\[O]\[?[\d;?]*)?(.)|(.)", input("> "))    # ESC [ A is "up"
             for arrow, key in typed:
                 key = key.lower()
                 move = arrows.get(arrow, keys.get(key))
