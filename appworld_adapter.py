@@ -313,6 +313,7 @@ FIRST_ONLY = "[The answer has {n} code blocks; only the first was run.]\n"
 # Fences begin a line, but for blanks, so that code may hold one inside a string. A block that the
 # end of the answer cuts off is none: half of it could do harm.
 BLOCK = re.compile(r"^[ \t]*```python[ \t\r]*\n(.*?)^[ \t]*```(?!\w)", re.DOTALL | re.MULTILINE)
+THINK = "(?:seed:)?(?:think(?:ing)?|thought|reasoning)"
 ANSWER_KEY = re.compile(r"ground_truth|\bappworld\b")
 COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "failed_status",
            "answer_key", "killed", "lost")
@@ -320,8 +321,8 @@ COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "fail
 
 def code_blocks(response):
     """The code in an answer; what a model only thinks, between <think> and </think>, is none."""
-    answer = re.split(r"</(?:seed:)?think(?:ing)?>|\[/THINK\]", response, flags=re.I)[-1]
-    answer = re.split(r"<(?:seed:)?think(?:ing)?>|\[THINK\]", answer, flags=re.I)[0]
+    answer = re.split(rf"</{THINK}>|\[/THINK\]|\u25c1/think\u25b7", response, flags=re.I)[-1]
+    answer = re.split(rf"<{THINK}>|\[THINK\]|\u25c1think\u25b7", answer, flags=re.I)[0]
     return [textwrap.dedent(block) for block in BLOCK.findall(answer)]
 
 

@@ -17,10 +17,9 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     Analyze(tau, x)                  summarize, parse_skill             test_parse_skill_*
     the algorithm                    train                              test_every_method_trains
 
-    python skill_sd.py                          the demo: warm start, train, table
+    python skill_sd.py                          the demo: warm start, train, table, a look inside
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
-
 The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we differ on purpose;
 comments give the paper's value. "Needs:" lists what to copy along.
 """
@@ -61,14 +60,14 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class Config:
     """Every setting. The command line is made from this: --lam 0.001, --max-turns 40."""
     method: str = "skill_sd"         # of METHODS: one, several after commas, or all
-    preset: str = "tiny"             # a row of PRESETS; small if a model is named
+    preset: str = "tiny"             # a row of PRESETS; small if a chat model is named
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
     out: str = "runs"                # folder for runs and warm starts
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: cuda if there is one
     save_every: int = 10             # iterations between checkpoints
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
-    evals: Literal[0, 10] = 10       # held-out evaluations along a run; 0: at its end alone
+    evals: Literal[0, 10] = 10       # held-out evaluations, the last at the end; 0: that one alone
     # -- the method, and its skills
     group_size: int = 8              # G, rollouts per task                             CHOICE
     tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
@@ -76,7 +75,7 @@ class Config:
     updates_per_iteration: int = 1   # optimiser steps on each batch                    CHOICE
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
     lam: float = 0.1                 # lambda, weight of SDL; paper: 0.001 (AppWorld)
-    lam_until: float = 0.0           # share of the run in which lambda falls to 0; 0: constant
+    lam_until: float = 0.0           # share of the run over which lambda falls to 0; 0: constant
     kl: Literal["sampled", "exact"] = "sampled"       # SDL from sampled tokens, or all words
     skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # who sees skills in training
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
@@ -180,15 +179,15 @@ def parse_skill(text):
     # The last one ends where a key follows or the object ends, not at a quote within it.
     strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:[}`][^"]*)?$)'
     for part in (re.split(r"</think(?:ing)?>|\[/THINK\]", text)[-1], text):  # the answer, or all
-        starts = [m.start() for m in re.finditer(r"\{", part)][:100]
+        starts = [m.start() for m in re.finditer(r"\{", part)][-100:]
         damaged = ["{" + re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", m[0]) + "}"         # as in \_
                    for m in re.finditer(strings, part)]
-        for candidate in [part[start:] for start in starts] + damaged:
+        for candidate in [part[start:] for start in reversed(starts)] + damaged:
             with suppress(ValueError, RecursionError, KeyError, TypeError):
                 found = json.JSONDecoder(strict=False).raw_decode(candidate)[0]
                 values = ["" if found[name] is None else found[name] for name in names]
                 values = ["\n".join(x if isinstance(x, list) else [x]) for x in values]
-                if any(map(str.strip, values)):    # a lone surrogate is legal JSON, but no text
+                if re.search(r"\w", "".join(values)):     # a lone surrogate is legal, but no text
                     return Skill(*(x.encode("utf-8", "replace").decode().strip() for x in values))
     raise ValueError(f"no JSON object with the text fields {', '.join(names)} in {text[:200]!r}")
 
@@ -239,11 +238,10 @@ class SkillBank:
         entries = self.entries.get(task_id, [])
         n_ucb = sum(e["picks"] for e in entries)               # CHOICE: of the skills still held
 
-        def score(e):
-            if not e["picks"]:
-                return math.inf                                # untried first
+        def score(e):                          # untried first
             # UCB: mean_reward(e) + c * sqrt(ln N_ucb / n(e))
-            return e["reward_sum"] / e["picks"] + self.c * math.sqrt(math.log(n_ucb) / e["picks"])
+            n = e["picks"]
+            return e["reward_sum"] / n + self.c * math.sqrt(math.log(n_ucb) / n) if n else math.inf
         return max(entries, key=score, default=None)
 
     def credit(self, entry, reward):
@@ -264,8 +262,7 @@ class SkillBank:
         if any(e["skill"] == skill for e in entries):
             return
         if len(entries) >= self.size:
-            tried = [e for e in entries if e["picks"]] or entries
-            worst = min(tried, key=lambda e: e["reward_sum"] / max(e["picks"], 1))
+            worst = min(entries, key=lambda e: e["reward_sum"] / e["picks"] if e["picks"] else 2)
             entries[:] = [e for e in entries if e is not worst]
         entries.append(dict(skill=skill, picks=0, reward_sum=0.0, source_reward=source_reward))
 
@@ -293,10 +290,10 @@ class Chat:
             pieces = self.cut("system", "user", "assistant", "user")
         except ValueError:                     # no system role, or in another place
             pieces = [None, *self.cut("user", "assistant", "user")]
-        # Texts before system, user, (an old answer), the next user text after it, the next answer.
+        # Texts before the system's, the user's, an old answer; after that answer; before a new one.
         self.before, self.between, _, self.after_answer, generation_prompt = pieces
         self.opening = generation_prompt + prefill
-        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")  # of each answer
+        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")  # texts have it
         added = tokenizer.get_added_vocab()    # some are runs of blanks, which are harmless
         names = [re.escape(t) for t in (token.strip(" \t\r\n\u2581") for token in added) if t[1:]]
         self.control = re.compile("|".join(names) or "(?!)")
@@ -337,7 +334,7 @@ class Chat:
         before, notes = self.between, ""
         if self.before is not None:
             before = self.before + self.clean(system) + self.between
-        elif self.tokenizer.chat_template != sokoban_env.TINY_TEMPLATE:    # has no such words
+        elif self.tokenizer.chat_template != sokoban_env.TINY_TEMPLATE:    # knows no such words
             before = self.between + self.clean(system) + "\n\n"
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
@@ -393,7 +390,7 @@ class Decoder:
     def __init__(self, model, cfg):
         self.model, self.temperature, self.real = model, cfg.temperature, None
         self.bfloat16 = cfg.precision == "bfloat16"            # of activations; weights are float32
-        named = inspect.signature(model.forward).parameters    # the older name is being retired
+        named = inspect.signature(model.forward).parameters    # past_key_values is being retired
         self.keyword = "cache" if "cache" in named else "past_key_values"
         # A sliding window counts slots. If it may fill up, every call reads whole rows again.
         window = getattr(model.config.get_text_config(), "sliding_window", None)
@@ -450,11 +447,10 @@ def sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy):
 
 @torch.no_grad()
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
-    """Play one episode in every environment, cfg.rollout_batch as one batch, and close them. model
-    samples from its full softmax at cfg.temperature, or the likeliest token (`greedy`); envs have
-    task_id, system_prompt, reset() -> str, step(text) -> (str, done), completion() -> [0, 1], nan
-    for a lost episode, and close(); skills: a Skill or None for each, read if cfg.actor is teacher
-    or cfg.skill_reader student; generator: on the model's device. Returns a list[Trajectory]."""
+    """Play one episode in every environment (as SokobanEnv; completion may be nan: it was lost),
+    cfg.rollout_batch as one batch, and close them. model samples from its full softmax at
+    cfg.temperature, or takes the likeliest token (`greedy`); skills: one or None each, read if
+    cfg.actor is teacher or cfg.skill_reader student; generator: on the model's device."""
     skills, n = skills or [None] * len(envs), cfg.rollout_batch
     if len(envs) > n:
         parts = [(envs[i:i + n], cfg, skills[i:i + n]) for i in range(0, len(envs), n)]
@@ -464,7 +460,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     chat, decoder = Chat(tokenizer, cfg.prefill, cfg.max_skill_tokens), Decoder(model, cfg)
     render = cache(chat.prompt)                # rollouts of one task share their prompts
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
-    limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # + 2: "\n\n"
+    limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # + "\n\n"
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
     threads = any(getattr(env, "concurrent", False) for env in envs)     # they wait for a server
     run = ThreadPoolExecutor(len(envs)).map if threads else (
@@ -501,7 +497,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             full = len(t.prompt) + len(t.ids) + len(following) > limit
             if done or full:                   # CHOICE: a full context ends the episode
                 reward = env.completion()
-                assert isinstance(reward, (int, float, np.number)), (
+                assert isinstance(reward, (int, float, np.number, np.bool_)), (
                     f"{type(env).__name__}.completion returned {reward!r}; expected is a number")
                 t.reward = round(float(reward), 9)             # a sum of tenths may be 1, too
                 t.counts |= dict(truncated=int(not done)) | getattr(env, "counts", {})
@@ -519,12 +515,11 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
 
 # ---- Scoring: log-probs of the action tokens, for student and teacher alike ----------------------
 def response_logps(model, trajectories, cfg, with_skill=False):
-    """Log-probs of the action tokens, logp (B, T), and mask (B, T), T the most tokens of any row.
-    Column t is the t-th action token of the row, wherever it stands: student and teacher align by
-    construction. Two rows, the actions in capitals:
+    """(logp, mask, logps): logp (B, T) of the action tokens, T the most of a row, mask (B, T), and
+    logps (n, V) of the whole vocabulary at each of these n tokens, row by row. Column t is the t-th
+    action token of the row: student and teacher align by construction. Two rows, actions A, B, C:
         x A o B, or x + S(x) A o B      logp: log p(A), log p(B)     mask: 1, 1
-        x C,     or x + S(x) C                log p(C), 0                  1, 0
-    And where these n tokens were sampled, row by row, those of the whole vocabulary: (n, V)."""
+        x C,     or x + S(x) C                log p(C), 0                  1, 0"""
     prompts = [t.skill_prompt if with_skill else t.prompt for t in trajectories]
     rows = [prompt + t.ids for prompt, t in zip(prompts, trajectories)]
     sampled = [[False] * len(prompt) + t.mask for prompt, t in zip(prompts, trajectories)]
@@ -579,11 +574,10 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), a scalar. No KL to a reference.
     logp_*, mask: (B, T); adv: (B,). Padding may hold anything. Needs: torch, masked_mean."""
     mask = mask.bool()
-    # Eq. 10: r = pi_theta(y) / pi_theta_old(y), finite: CHOICE
+    # r = pi_theta(y) / pi_theta_old(y), at most e^20: CHOICE
     ratio = torch.where(mask, logp_student - logp_old, 0.0).clamp(max=20).exp()      # (B, T)
-    adv = adv[:, None]                                                   # (B, 1)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -masked_mean(torch.minimum(ratio * adv, clipped * adv), mask)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                   # and Eq. 10:
+    return -masked_mean(torch.minimum(ratio * adv[:, None], clipped * adv[:, None]), mask)
 
 
 def sdl_loss(logp_student, logp_teacher, logp_old, mask):
@@ -591,9 +585,8 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     All (B, T); no gradient to logp_teacher and logp_old; padding may hold anything. With tokens
     sampled by pi_old, the expected gradient at a fixed prefix is that of KL(student || teacher),
     for every theta, since rho is differentiated, too: d/dlogp_student of rho * k3 is rho * l.
-    A float64 scalar: exp(-l) soon leaves float32's range. Needs: torch, masked_mean. Three tokens
-    with rho = 1 and l = -1, 0, 1: the loss is (0.718 + 0 + 0.368) / 3, its gradient by
-    logp_student [-1/3, 0, 1/3]: descent makes the first likelier."""
+    A float64 scalar: exp(-l) soon leaves float32's range. Needs: torch, masked_mean. With rho = 1
+    and l = -1, 0, 1 the loss is (0.718 + 0 + 0.368) / 3, its gradient [-1/3, 0, 1/3]."""
     mask = mask.bool()
     p, q, old = (x.detach().double() for x in (logp_student, logp_teacher, logp_old))
     # Eq. 11: l = log pi_student - log pi_teacher
@@ -602,8 +595,7 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     rho = torch.where(mask, p - old, 0.0).exp()                          # (B, T)
     # Eq. 13: L_SDL = 1/N sum rho * (exp(-l) - 1 + l)
     k3 = torch.expm1(-log_ratio) + log_ratio
-    # Autograd of rho * k3 subtracts two numbers of size exp(-l) to get rho * l. So its value is
-    # a constant here and its gradient written down: d(rho * k3)/dlogp = rho * l.
+    # Autograd would get rho * l as a difference of numbers of size exp(-l): it is written down.
     slope = torch.where(mask, logp_student - logp_student.detach(), 0.0)             # 0, gradient 1
     return masked_mean(rho * k3 + rho * log_ratio * slope, mask)
 
@@ -645,31 +637,30 @@ def update(student, optimizer, batch, cfg, teacher=None):
             zeros = torch.zeros_like(logp)                                           # (B, T)
             old = zeros.masked_scatter(mask, torch.cat([t.logp_old for t in part]))
             pg = grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high)
-            if cfg.kl == "exact":              # DEVIATION: KL(student || teacher) over all words,
-                with torch.no_grad():          # what E[rho * k3] estimates; the paper's future work
-                    wanted, _, every = response_logps(teacher, part, cfg, with_skill=True)
-                sdl = F.kl_div(every, logps, log_target=True, reduction="none").sum(-1).mean()
+            if cfg.kl == "exact" and cfg.lam:  # DEVIATION: KL(student || teacher) over all words,
+                with torch.no_grad():          # the mean of rho * k3; the paper's future work
+                    shown, _, shown_all = response_logps(teacher, part, cfg, with_skill=True)
+                sdl = F.kl_div(shown_all, logps, log_target=True, reduction="none").sum(-1).mean()
             else:
-                wanted = zeros.masked_scatter(mask, torch.cat([
+                shown = zeros.masked_scatter(mask, torch.cat([
                     t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
-                sdl = sdl_loss(logp, wanted, old, mask)
-            logps = every = None               # too large to be held during the next pass
+                sdl = sdl_loss(logp, shown, old, mask)
+            logps = shown_all = None               # too large to be held during the next pass
             share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
             # Eq. 14: L = L_GRPO + lambda * L_SDL
             (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
             ratio = (logp.detach() - old).exp()
             clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            means = [masked_mean(x, mask) for x in (logp.detach() - wanted, (ratio - 1).abs(),
+            means = [masked_mean(x, mask) for x in (logp.detach() - shown, (ratio - 1).abs(),
                                                     clipped.float(), -old)]
             totals += share * torch.stack([x.detach().double() for x in (pg, sdl, *means)])
         for p in student.parameters():         # some weights may be unused
             p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
         sums = dict(zip(names, all_sum(totals).tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm).item()
-        finite = math.isfinite(grad_norm + sum(sums.values()))
-        assert finite, f"gradient norm {grad_norm}, {sums}; try a smaller lr or lam"
+        assert math.isfinite(grad_norm + sum(sums.values())), f"{grad_norm=}, {sums}; lower lr, lam"
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)      # free them for the next rollout
+        optimizer.zero_grad(set_to_none=True)  # free them for the next rollout
     metrics = sums | dict(grad_norm=grad_norm, action_tokens=n_tokens.item())
     if cfg.actor == "student":                 # sampling against scoring
         gaps = [(t.logp_old.cpu() - torch.tensor(t.logps)).abs().max().item() for t in batch]
@@ -717,16 +708,16 @@ def train(cfg):
         tqdm.write(f"finished before: {folder}")
         return json.loads((folder / "result.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    module = __import__(cfg.env, fromlist=["make_world"])
-    world = module.make_world(cfg)             # has train, heldout, make_env(id)
-    assert cfg.tasks_per_iteration <= len(world.train), (
-        f"tasks_per_iteration={cfg.tasks_per_iteration}: at most {len(world.train)} tasks")
+    world = __import__(cfg.env, fromlist=["make_world"]).make_world(cfg)     # train: easiest first
+    assert world.heldout and cfg.tasks_per_iteration <= len(world.train), (
+        f"tasks_per_iteration={cfg.tasks_per_iteration}: there are {len(world.train)} training "
+        f"tasks, and {len(world.heldout)} held out")
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95))    # CHOICE
     bank, generator = SkillBank(cfg.ucb_c, cfg.bank_size), torch.Generator(student.device)
     parts = dict(student=student, teacher=teacher, optimizer=optimizer)
-    log, path = [], folder / "checkpoint.pt"   # of the log, one line per iteration
+    log, path = [], folder / "checkpoint.pt"   # log: a line of JSON per iteration
     if path.exists():                          # go on
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
@@ -735,8 +726,8 @@ def train(cfg):
         log = state["log"]
 
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
-        fallen = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0
-        now, heldout = replace(cfg, lam=cfg.lam * max(0.0, 1 - fallen)), {}
+        done = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0      # 1: lambda is 0
+        now, heldout = replace(cfg, lam=cfg.lam * max(0.0, 1 - done)), {}
         if cfg.evals and k in [round(share * cfg.iterations) for share in EVALS]:
             heldout = evaluate(student, tokenizer, world, cfg, k)
         times = [time.perf_counter()]
@@ -750,13 +741,14 @@ def train(cfg):
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
-        decided = [len(held) > 1 and all(e["picks"] for e in held)           # for the log
+        decided = [len(held) > 1 and all(e["picks"] for e in held)           # by UCB
                    for held in map(bank.entries.get, tasks) if held]
         skills = {task: shown_skill(bank, task, picks[task], cfg, k) for task in tasks}
         rows = [task for task in tasks for _ in range(cfg.group_size)]
         episodes = rollout(teacher if cfg.actor == "teacher" else student, tokenizer,
                            [world.make_env(task) for task in rows], cfg,
                            [skills[task] for task in rows], generator)
+        assert [t.task_id for t in episodes] == rows, "an env.task_id is not the id of its task"
         times.append(time.perf_counter())
 
         # 3. rewards, group advantages. CHOICE: a lost episode (nan) counts nowhere, not in N
@@ -767,13 +759,13 @@ def train(cfg):
         assert batch, f"every episode was lost: {episodes[0].counts}, {episodes[0].messages}"
         groups = {task: [t for t in batch if t.task_id == task] for task in tasks}
 
-        # 4. the teacher re-scores the same tokens under x + S(x)
+        # 4. the teacher re-scores the same tokens under x + S(x); if kl is exact, in `update`
         if now.lam and now.kl == "sampled":
             score_as_teacher(teacher, batch, now, synced)
         times.append(time.perf_counter())
 
-        # 6 begins: credit the picks, write up the best trajectory of each group (CHOICE: the
-        # shortest of equals). A server writes during the update, the student after it.
+        # 6a. credit the picks, write up the best trajectory of each group (CHOICE: the shortest of
+        # equals): before 5, so that a server writes during the update; the student writes after it
         for task, group in groups.items():
             if picks[task] and group:
                 bank.credit(picks[task], np.mean([t.reward for t in group]))
@@ -788,7 +780,7 @@ def train(cfg):
         metrics = update(student, optimizer, batch, now, teacher)
         times.append(time.perf_counter())
 
-        # 6 ends: new skills enter the bank: they can be picked from iteration k + 1 on
+        # 6b. new skills enter the bank: they can be picked from iteration k + 1 on
         written = writing()
         for t, skill in written:
             bank.add(t.task_id, skill, t.reward)
@@ -870,12 +862,13 @@ def ask_server(trajectory, cfg, timeout=60):
         dict(role="system", content=SUMMARIZER_PROMPT),
         dict(role="user", content=trajectory.transcript())])
     request = urllib.request.Request(
-        cfg.summarizer.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
+        cfg.summarizer.rstrip("/").removesuffix("/chat/completions") + "/chat/completions",
+        json.dumps(body).encode(),
         {"Content-Type": "application/json", "User-Agent": "skill-sd"})
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (1, 4, 0):
-        said, end = b"", time.monotonic() + timeout            # also of a server that drips
+        said, reason, end = b"", "no text", time.monotonic() + timeout     # also if it drips
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 while time.monotonic() < end and (part := answer.read1(1 << 20)):
@@ -885,11 +878,10 @@ def ask_server(trajectory, cfg, timeout=60):
                 text = "".join(part["text"] for part in text if part["type"] == "text")
             if text.strip():
                 return text
-            reason = "no text"
         except Exception as error:             # of many kinds
             with suppress(Exception):          # an HTTP error has a body, which may quote the key
                 said = said or error.read(300)
-            reason = error if isinstance(error, OSError) else "no text"
+            reason = error if isinstance(error, OSError) else reason
         time.sleep(wait)
     return f"[{cfg.summarizer}: {reason} {said[:300]}]".replace(key or "\0", "***")
 
@@ -938,7 +930,8 @@ def evaluate(model, tokenizer, world, cfg, k):
         generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "evaluate"))
         envs = [world.make_env(task) for task in tasks[RANK::RANKS]]
         played = rollout(model, tokenizer, envs, cfg, generator=generator, greedy=how == "greedy")
-        result[how] = sum(gather([t.reward for t in played]), [])
+        shares = gather([t.reward for t in played])            # of the processes; in order again:
+        result[how] = [shares[i % RANKS][i // RANKS] for i in range(len(tasks))]
     sampled, greedy = (100 * np.equal(rewards, 1).mean() for rewards in result.values())
     if RANK == 0:
         tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {k} iterations: {sampled:.1f} % sampled, "
@@ -948,13 +941,12 @@ def evaluate(model, tokenizer, world, cfg, k):
 
 
 def print_table(results):
-    """results: [(method, seed, evaluated)]. Mean and 95 % interval, over tasks for one seed, else
-    over seeds (Student's t, a bit wide from 10 on). Differences are paired. acc: only 1 counts;
-    comp: mean completion; area: acc's mean over the episodes, by trapezoids."""
+    """results: [(method, seed, evaluated)]. 95 % intervals over tasks for one seed, else over seeds
+    (Student's t). comp: mean completion; area: the sampled acc's mean over the run's episodes."""
     rows, curves = {}, {}
     for method, _, result in results:
         sampled, greedy, (x, y) = result["sampled"], result["greedy"], np.transpose(result["curve"])
-        area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if len(x) > 1 else y[0]
+        area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if x[-1] else y[0]
         rows.setdefault(method, []).append([np.equal(sampled, 1), sampled, np.equal(greedy, 1),
                                             greedy, np.full(len(greedy), area)])
         curves.setdefault(method, []).append(y)
@@ -968,7 +960,8 @@ def print_table(results):
     for name, values in rows.items():
         values = values.mean(2) if seeds > 1 else values[0].T            # (seeds or tasks, 5)
         half = quantile[min(len(values), 30) - 1] * values.std(0, ddof=1) / math.sqrt(len(values))
-        cells = [f"{mean:5.1f} ±{h:5.1f}" for mean, h in zip(values.mean(0), half)]
+        cells = [f"{mean:5.1f} ±{h:5.1f}" if h else f"{mean:5.1f}       "
+                 for mean, h in zip(values.mean(0), half)]
         print(f"{name:<28}{'    '.join(cells)}")
     print(f"\nheld-out sampled acc, 0 to 100 %, after iterations {x.astype(int).tolist()}")
     for name, runs in curves.items():
@@ -983,7 +976,8 @@ def watch(cfg):
     task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
     skill, world = Skill(**bank[task][-1]["skill"]), sokoban_env.make_world(cfg)
     model, tokenizer = load_model(cfg, world)
-    (t,) = rollout(model, tokenizer, [world.make_env(task)], cfg, [skill])
+    generator = torch.Generator(model.device).manual_seed(cfg.seed)
+    (t,) = rollout(model, tokenizer, [world.make_env(task)], cfg, [skill], generator)
     (logp, _, p), (logp_teacher, _, q) = (response_logps(model, [t], cfg, read) for read in (0, 1))
     moves = tokenizer.convert_tokens_to_ids([*sokoban_env.MOVES])        # p, q: (turns, V)
     print(f"\n{SKILL_TEXT.format(**asdict(skill))}\n\n{t.messages[0]['content']}\n")
@@ -991,8 +985,7 @@ def watch(cfg):
                                q[:, moves].exp().tolist(), (logp - logp_teacher)[0].tolist())
 
 
-# ---- Presets and the command line ----------------------------------------------------------------
-# The size of an experiment. Strongest first: a method's row, typed, saved with a model, a preset.
+# ---- Presets. Strongest first: a method's row, typed, saved with a model, a preset ---------------
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, lam=0.001,
             evals=0)
 PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_batch=16)
@@ -1019,7 +1012,7 @@ def configure(typed, method, seed):
     left_out = {"out", "device", "save_every", *(name for row in METHODS.values() for name in row)}
     saved = {f.name: saved[f.name] for f in fields(Config) if f.name in {*saved} - left_out}
     fitting = "tiny" if typed.get("model", "tiny") == "tiny" else "small"
-    fitting = "appworld" if typed.get("env") == "appworld_adapter" else fitting
+    fitting = "appworld" if typed.get("env", "sokoban_env") != "sokoban_env" else fitting
     preset = typed.get("preset") or saved.get("preset") or fitting
     for name, value in METHODS[method].items():
         assert typed.get("method") != method or typed.get(name, value) == value, (
@@ -1056,8 +1049,8 @@ def main():
         results = [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]
         if RANK == 0:
             print_table(results)
-            demo = len(plans) == 2 and plans[1].model == "tiny" and RANKS == 1
-            if demo and plans[1].lam and plans[1].iterations:
+            demo = [cfg.method for cfg in plans] == ["base", "skill_sd"] and plans[1].iterations
+            if demo and (RANKS, plans[1].model, plans[1].summarizer) == (1, "tiny", "rules"):
                 watch(plans[1])
     except (ValueError, AssertionError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(f"error: {str(error) or 'stopped; the same command goes on where it was'}")

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import threading
@@ -37,67 +36,53 @@ import sokoban_env
 from appworld_adapter import AppWorldEnv, cut
 from skill_sd import (Chat, Config, Skill, SkillBank, Trajectory, group_advantages, grpo_loss,
                       masked_mean, parse_skill, response_logps, rollout, sdl_loss, sync_teacher)
-from sokoban_env import (BLOCKED, MOVES, NO_MOVE, SokobanEnv, analyse, canonical, demonstrations,
-                         distances, generate_levels, move_probs, parse_action, parse_level,
-                         play_as, render, room_in, solve, to_xsb)
+from sokoban_env import (BLOCKED, MOVES, NO_MOVE, SokobanEnv, canonical, distances, generate_levels,
+                         move_probs, parse_action, parse_level, play_as, room_in, solve, to_xsb)
 
 torch.set_num_threads(1)             # on tensors this small, threads only wait for each other
 HERE = Path(__file__).parent
 SKILLS = [Skill("went up first", "none seen", "b2 up, b3 left"),
-          Skill("1 of 2 boxes on goals", "at c3 right pushed a box to d3 where it is stuck",
-                "b2 down")]
+          Skill("1 of 2 boxes on goals", "pushed a box to d3 where it is stuck", "b2 down")]
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A tokenizer and a tiny model with weights large enough that prompts matter. Each third word
-    ends an answer: some answers of a batch are over before others."""
+    """A tokenizer and a tiny model with large weights. Each third word ends an answer."""
     tokenizer = sokoban_env.tiny_tokenizer(6)
     model = sokoban_env.tiny_model(tokenizer, seed=0)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(5, len(tokenizer), 3)]
     return model, tokenizer
 
 
-def played(tiny, n=6, max_turns=4, skills=None, **settings):
+def played(tiny, n=6, max_turns=4, skills=None, greedy=False, **settings):
     """Trajectories of n ragged episodes of the tiny model, and their Config."""
-    envs = [SokobanEnv(level, 1 + i % max_turns)
-            for i, level in enumerate(generate_levels(n, seed=3))]
-    cfg = Config(**dict(max_new_tokens=4) | settings)
-    return rollout(*tiny, envs, cfg, skills, torch.Generator().manual_seed(1)), cfg
+    envs = [SokobanEnv(x, 1 + i % max_turns) for i, x in enumerate(generate_levels(n, seed=3))]
+    cfg, generator = Config(**dict(max_new_tokens=4) | settings), torch.Generator(tiny[0].device)
+    return rollout(*tiny, envs, cfg, skills, generator.manual_seed(1), greedy), cfg
 
 
 def smallest(out, **settings):
     """A Config that trains in seconds and comes back to its tasks."""
-    return Config(**dict(
-        out=str(out), iterations=4, tasks_per_iteration=3, train_levels=3, test_levels=8, lr=1e-2,
-        group_size=4, max_turns=5, boxes=1, min_moves=1, max_moves=3, warm_demos=800,
-        device="cpu", evals=0) | settings)
+    return Config(**dict(out=str(out), iterations=4, tasks_per_iteration=3, train_levels=3,
+                         test_levels=8, lr=1e-2, group_size=4, max_turns=5, min_moves=1, evals=0,
+                         max_moves=3, warm_demos=800, device="cpu") | settings)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("at_theta_old", [True, False])
 def test_sdl_by_enumeration_is_reverse_kl(at_theta_old):
-    """Each of seven tokens once, weighted by pi_old. With rho detached it is forward KL, and with
-    rho dropped as well at theta_old; elsewhere that is neither."""
+    """Each token once, weighted by pi_old. With rho detached, or dropped at theta_old: forward."""
     rows = torch.randn(3, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     student = rows[0].requires_grad_()
     p, q, o = ((1.5 * x).log_softmax(-1)
                for x in (student, rows[1], student.detach() if at_theta_old else rows[2]))
     k3 = o.exp() * ((q - p).exp() - 1 + p - q)
-    losses = dict(
-        shipped=sum(o[y].exp() * sdl_loss(*(x[y].view(1, 1) for x in (p, q, o)), torch.ones(1, 1))
-                    for y in range(7)),
-        detached=((p - o).exp().detach() * k3).sum(), dropped=k3.sum(),
-        exact=torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"),
-        reverse=(p.exp() * (p - q)).sum(),
-        forward=(q.exp() * (q - p)).sum())
-    found = {name: torch.autograd.grad(loss, student, retain_graph=True)[0]
-             for name, loss in losses.items()}
-    for a, b, same in (("shipped", "reverse", True), ("exact", "reverse", True),
-                       ("detached", "forward", True),
-                       ("dropped", "forward", at_theta_old), ("dropped", "reverse", False),
-                       ("forward", "reverse", False)):
-        assert torch.allclose(found[a], found[b], atol=1e-12 if same else 1e-2) == same
+    wrong = k3 if at_theta_old else (p - o).exp().detach() * k3
+    shipped = sum(o[y].exp() * sdl_loss(*(x[y].view(1, 1) for x in (p, q, o)), torch.ones(1, 1))
+                  for y in range(7))
+    for loss, kl in ((shipped, p.exp() * (p - q)), (wrong, q.exp() * (q - p))):
+        a, b = (torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (loss, kl))
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.parametrize("log_ratio", [0.0, 1e-4, 0.5, -3.0, 20.0, -20.0, 90.0, -90.0])
@@ -116,7 +101,6 @@ def test_sdl_value_and_gradient_per_token_in_float32(log_ratio, shift):
 def test_padding_may_hold_anything_finite(filler):
     mask, adv = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([1.0, -2.0])
     rows = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0))
-
     def losses(p, q, o):
         return sdl_loss(p, q, o, mask) + grpo_loss(p, o, adv, mask, 0.2, 0.3)
     p, q, o = (torch.where(mask.bool(), x, filler * sign) for x, sign in zip(rows, (1, -1, -1)))
@@ -136,8 +120,7 @@ def test_padding_may_hold_anything_finite(filler):
 def test_advantages_by_hand(rewards, group_size, eps, advantages):
     found = group_advantages(rewards, group_size, eps)
     assert found.tolist() == pytest.approx(advantages, rel=1e-6, abs=0.0)
-    with pytest.raises(AssertionError, match="group_size=5"):
-        group_advantages(rewards, 5)
+    pytest.raises(AssertionError, group_advantages, rewards, 5).match("group_size=5")
 
 
 @pytest.mark.parametrize("ratio, adv, value, slope", [
@@ -165,9 +148,8 @@ def test_parse_skill_forgives_what_surrounds_it_and_refuses_what_is_none():
                  f"<thinking>As {dot}</thinking>{whole}", f"```\n{whole[:-1]}\n```"):
         assert parse_skill(text) == Skill("a", "b", "c {d}")
         assert parse_skill(text.replace('"b"', '"b\\ud800"')) == Skill("a", "b?", "c {d}")
-    for old, new, skill in (('" a "', "null", Skill("", "b", "c {d}")),
-                            ('"c {d}"', '["go left", "go up"]', Skill("a", "b", "go left\ngo up"))):
-        assert parse_skill(whole.replace(old, new)) == skill
+    assert parse_skill(whole.replace('" a "', "null")) == Skill("", "b", "c {d}")
+    assert parse_skill(whole.replace('"c {d}"', '["c", "d"]')) == Skill("a", "b", "c\nd")
     assert parse_skill(whole.replace("{d}", "\\_d")).golden_workflow == r"c \_d"      # no JSON
     inner = [whole.replace("{d", f"\"{piece}\" {{d") for piece in ("up", "up, left", ",")]
     for text in (*inner, *(text[:-1] for text in inner), *(text[:-1] + ",}" for text in inner),
@@ -176,8 +158,7 @@ def test_parse_skill_forgives_what_surrounds_it_and_refuses_what_is_none():
                  '{"success_analysis": "x"}', json.dumps(fields | dict(success_analysis=1)),
                  dot.replace(".", " "), whole[:-3], " " * 10**6 + whole,
                  '{"success_analysis": "a", "mistake_analysis": "b"} {"golden_workflow": "c"}'):
-        with pytest.raises(ValueError, match="no JSON object with"):
-            parse_skill(text)
+        pytest.raises(ValueError, parse_skill, text).match("no JSON object with")
 
 
 def test_ucb_by_hand():
@@ -191,8 +172,7 @@ def test_ucb_by_hand():
                            (first, 0.3),       # equal bonus: 0.9 against 0.1
                            (first, 0.0),       # 0.6, n 2: 1.341; 0.1, n 1: 1.148
                            (second, 0.36),     # 0.4, n 3: 1.080; 0.1, n 1: 1.277
-                           (first, 0.0),       # 0.4, n 3: 1.132; 0.23, n 2: 1.127
-                           (second, 0.0)):     # 0.3, n 4: 0.969; 0.23, n 2: 1.176
+                           (first, 0.0)):      # 0.4, n 3: 1.132; 0.23, n 2: 1.127
         assert bank.select("t") is chosen
         bank.credit(chosen, reward)
         bank.credit(bank.select("other"), 0.0) # N is per task
@@ -270,7 +250,6 @@ def spoken(request):
     tokenizer.chat_template = form
     tokenizer.backend_tokenizer.enable_truncation(max_length=8)        # `encode` ignores both
     tokenizer.backend_tokenizer.enable_padding(length=900)
-
     def whole(*said, room=ROOM, more=""):
         head = [dict(role="system", content=RULES), dict(role="user", content=room)]
         if sentencepiece or name in ("gemma", "mistral"):      # the rules stand above
@@ -285,7 +264,7 @@ def spoken(request):
 def test_the_conversation_is_the_templates_own(spoken):
     """Turn by turn, ids are those of the whole rendered at once; what ends a turn is said once."""
     tokenizer, end, whole = spoken
-    chat, said = Chat(tokenizer), []
+    chat, said, rng = Chat(tokenizer), [], random.Random(0)
     ids, begun = chat.prompt(RULES, ROOM), Chat(tokenizer, PREFILL)
     assert ids == whole() and begun.prompt(RULES, ROOM) == whole(more=PREFILL)
     turn, prefill = chat.next_turn("left", 9), whole(more=PREFILL)[len(whole()):]
@@ -299,6 +278,18 @@ def test_the_conversation_is_the_templates_own(spoken):
     assert turn.index(end) == (tokenizer.chat_template == LLAMA_2)     # behind a blank
     for last in range(len(tokenizer)):         # also where an answer was cut after a line break
         assert chat.next_turn("left", last) == turn[turn.index(end) + 1 if last == end else 0:]
+    added = tokenizer.get_added_vocab()
+    control = {i for token, i in added.items() if token.strip() and token != "<|unk|>"}
+    pieces = [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "<", ">",
+              "|", " ", "\n", "\u2581", "e\u0301", "\ud800", "\x00", "user", "[", "<think>up"]
+    def control_ids(system, task, observation, *fields):
+        ids = chat.prompt(system, task, Skill(*fields)) + chat.next_turn(observation, 9)
+        return [i for i in ids if i in control]
+    for _ in range(50):                        # no text can forge control tokens
+        texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(6)]
+        assert control_ids(*texts) == control_ids(*["x"] * 6), ascii(texts)
+        for text in texts:                     # no more than blanks have changed
+            assert chat.clean(text).replace(" ", "") == text.replace("\ud800", "?").replace(" ", "")
 
 
 def test_teacher_sees_skill_only(spoken):
@@ -314,31 +305,13 @@ def test_teacher_sees_skill_only(spoken):
         assert cut in cuts and more - 2 <= len(cut) - len(whole()) <= more + 2
 
 
-def test_text_cannot_forge_control_tokens(spoken):
-    """Whatever task, skill and observation say, the control ids are those of the template."""
-    chat, rng, added = Chat(spoken[0]), random.Random(0), spoken[0].get_added_vocab()
-    control = {i for token, i in added.items() if token.strip() and token != "<|unk|>"}
-    pieces = [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "<", ">",
-              "|", " ", "\n", "\u2581", "e\u0301", "\ud800", "\x00", "user", "[", "<think>up"]
-
-    def control_ids(system, task, observation, *fields):
-        ids = chat.prompt(system, task, Skill(*fields)) + chat.next_turn(observation, 9)
-        return [i for i in ids if i in control]
-    for _ in range(50):
-        texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(6)]
-        assert control_ids(*texts) == control_ids(*["x"] * 6), ascii(texts)
-        for text in texts:                     # no more than blanks have changed
-            assert chat.clean(text).replace(" ", "") == text.replace("\ud800", "?").replace(" ", "")
-
-
 def test_templates_that_cannot_be_followed_are_refused(tiny):
     tokenizer, form, lost = copy.deepcopy(tiny[1]), template(*CHATML), "a text is changed or lost"
     for tokenizer.chat_template, reason in (
             (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
             (form.replace("m.content", "m.content | upper"), lost), ("{{ 1 + 'x' }}", "operand"),
             (form.replace("m.content", "m.content * 2"), lost), (None, "template is not set")):
-        with pytest.raises(ValueError, match=f"does not repeat one form .*{reason}"):
-            Chat(tokenizer)
+        pytest.raises(ValueError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
 
 
 # ---- Rollout and scoring -------------------------------------------------------------------------
@@ -364,13 +337,12 @@ def world(texts, reward=0.5, meet=int, **more):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("reader", [{}, dict(skill_reader="student", lam=0.0),
-                                    dict(actor="teacher")])
-def test_rescoring_gives_the_recorded_logps(tiny, temperature, reader):
+@pytest.mark.parametrize("how", [{}, dict(skill_reader="student", lam=0.0), dict(actor="teacher")])
+def test_rescoring_gives_the_recorded_logps(tiny, temperature, how):
     """And those of each row by hand. The student's rows never hold a skill that it may not read."""
     model, skills, notes = tiny[0], [None, *SKILLS] * 2, tiny[1].convert_tokens_to_ids("Notes")
-    (batch, cfg), ids = watch(model, played, tiny, skills=skills, temperature=temperature, **reader)
-    assert [(each == notes).sum() for each in ids] == [4 * bool(reader)] + [0] * (len(ids) - 1)
+    (batch, cfg), ids = watch(model, played, tiny, skills=skills, temperature=temperature, **how)
+    assert [(each == notes).sum() for each in ids] == [4 * bool(how)] + [0] * (len(ids) - 1)
     assert len({len(t.ids) for t in batch}) > 3                # ragged indeed
     recorded = torch.tensor([x for t in batch for x in t.logps])
     for with_skill in (False, True):
@@ -378,7 +350,7 @@ def test_rescoring_gives_the_recorded_logps(tiny, temperature, reader):
         chosen = torch.tensor([y for t in batch for y, sampled in zip(t.ids, t.mask) if sampled])
         assert torch.equal(every.gather(1, chosen[:, None])[:, 0], logp[mask])
         gap = (logp[mask] - recorded).abs().max()
-        assert gap < 1e-4 if with_skill == bool(reader) else gap > 0.1
+        assert gap < 1e-4 if with_skill == bool(how) else gap > 0.1
         assert (logp[~mask] == 0).all()
         for t, skill, row, scored, used in zip(batch, skills, rows.tolist(), logp, mask):
             prompt = t.skill_prompt if with_skill else t.prompt
@@ -475,15 +447,13 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         assert [m["content"] for m in t.messages[::2]] == env.texts and t.turns == len(env.told) - 2
         assert [None, *(m["content"] for m in t.messages[1::2]), "closed"] == env.told
         assert t.counts.items() >= getattr(env, "counts", dict(truncated=0)).items()
-    for name, values, wanted in (("completion", (None, "1"), "a number"),
-                                 ("step", ("up", ("up", 0.0, True), (1, True)), "a str")):
-        for value in values:
-            broken = world(["up"] * 2)
-            setattr(broken, name, lambda *args: value)
-            with pytest.raises(AssertionError, match=f"SimpleNamespace.{name} .*{wanted}"):
-                rollout(*tiny, [broken], cfg, None, generator)
-    with pytest.raises(KeyError):              # one that raises ends the run
-        rollout(*tiny, [world(["up"] * 2, meet={}.popitem)], cfg, None, generator)
+    for name, value in (("completion", None), ("completion", "1"), ("step", "up"),
+                        ("step", ("up", 0.0, True)), ("step", (1, True))):
+        broken = types.SimpleNamespace(**vars(world(["up"] * 2)) | {name: lambda *args: value})
+        told = pytest.raises(AssertionError, rollout, *tiny, [broken], cfg)
+        told.match(rf"SimpleNamespace.{name} returned .* (is a number|are a str and a bool)")
+    raises = [world(["up"] * 2, meet={}.popitem)]
+    pytest.raises(KeyError, rollout, *tiny, raises, cfg)       # one that raises ends the run
 
 
 # ---- One update ----------------------------------------------------------------------------------
@@ -511,9 +481,7 @@ def recorded(monkeypatch, owner, *names):
 @pytest.mark.parametrize("precision, low, high", [("float32", 0, 1e-4), ("bfloat16", 1e-4, 0.5)])
 def test_sync_teacher(tiny, precision, low, high):
     """It computes as the student does, then; weights stay float32; bfloat16 is not a no-op."""
-    model, teacher = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
-    for p in teacher.parameters():
-        p.data += 1.0
+    model, teacher = copy.deepcopy(tiny[0]), sokoban_env.tiny_model(tiny[1], seed=1)
     sync_teacher(teacher, model)
     batch, cfg = played(tiny, n=8, precision=precision)
     skill_sd.score_as_teacher(teacher, batch, cfg, synced=False)
@@ -526,17 +494,14 @@ def test_sync_teacher(tiny, precision, low, high):
     assert low <= (torch.cat([t.logp_teacher for t in batch]) - scored).abs().max() <= high
 
 
-@pytest.mark.parametrize("reader, size, checkpointing, kl", [
-    ("teacher", 16384, 0, "sampled"), ("teacher", 1, 0, "sampled"), ("student", 300, 1, "sampled"),
-    ("teacher", 300, 0, "exact")])
-def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing, kl):
-    """The gradient is that of the whole loss at once, however the batch is cut, and where layers
-    are computed twice. The teacher is not asked where l is 0: no skill, weights just copied."""
+@pytest.mark.parametrize("reader, size, twice, exact", [
+    ("teacher", 16384, 0, 0), ("teacher", 1, 0, 0), ("student", 300, 1, 0), ("teacher", 300, 0, 1)])
+def test_update_follows_eq_14(tiny, tmp_path, reader, size, twice, exact):
+    """Cut in parts, or with layers computed twice, the gradient is that of the whole loss."""
     batch, cfg = played(
-        tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6,
-        lam=0.3 * (reader == "teacher"), max_skill_tokens=9, skill_reader=reader,
-        micro_batch_tokens=size, max_grad_norm=1e9, gradient_checkpointing=checkpointing,
-        model=str(tmp_path), kl=kl)
+        tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6, max_skill_tokens=9,
+        lam=0.3 * (not twice), skill_reader=reader, model=str(tmp_path), max_grad_norm=1e9,
+        micro_batch_tokens=size, gradient_checkpointing=twice, kl=("sampled", "exact")[exact])
     saved, layer_calls = copy.deepcopy(tiny[0]), []
     saved.config.update(dict(attention_dropout=0.3, resid_pdrop=0.3))      # loading sets them to 0
     saved.save_pretrained(tmp_path)
@@ -545,11 +510,11 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing, kl):
     teacher.lm_head.weight.data *= 1.1
     logp, mask, every = response_logps(model, batch, cfg, with_skill=reader == "student")
     shown, _, wanted = response_logps(teacher, batch, cfg, with_skill=True)
-    if kl == "sampled":
+    if not exact:
         shown[1::2] = logp[1::2]
     adv = torch.tensor([len(t.logps) % 4 - 1.5 for t in batch])
     pg = grpo_loss(logp, logp.detach(), adv, mask, 0.2, 0.28)
-    sdl = (sdl_loss(logp, shown.detach(), logp.detach(), mask) if kl == "sampled" else
+    sdl = (sdl_loss(logp, shown.detach(), logp.detach(), mask) if not exact else
            (every.exp() * (every - wanted.detach())).sum() / mask.sum())
     whole = torch.autograd.grad(0.6 * pg + cfg.lam * sdl, list(model.parameters()))
     whole = torch.cat([gradient.flatten() for gradient in whole])
@@ -560,14 +525,13 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing, kl):
         p.grad = torch.ones_like(p)                            # what an earlier step has left
     model.model.layers[0].self_attn.register_forward_hook(lambda *args: layer_calls.append(1))
     metrics, gradient = one_step(model, batch, cfg, teacher=teacher)
-    assert len(layer_calls) == (1 + checkpointing) * len(skill_sd.micro_batches(batch, size))
-    assert model.training == bool(checkpointing) and not teacher.training
+    assert len(layer_calls) == (1 + twice) * len(skill_sd.micro_batches(batch, size))
+    assert model.training == bool(twice) and not teacher.training
     assert model.config.attention_dropout == model.config.resid_pdrop == 0
     assert (gradient - whole).norm() < 1e-6 * whole.norm()
-    right = dict(grad_norm=whole.norm(), pg_loss=pg, sdl_loss=sdl, entropy=-logp[mask].mean(),
-                 log_ratio=masked_mean(logp - shown, mask), action_tokens=mask.sum())
-    assert {name: metrics[name] for name in right} == pytest.approx(
-        {name: x.item() for name, x in right.items()}, rel=1e-5)
+    names = "grad_norm pg_loss sdl_loss entropy log_ratio action_tokens".split()
+    right = whole.norm(), pg, sdl, -logp[mask].mean(), masked_mean(logp - shown, mask), mask.sum()
+    assert [metrics[name] for name in names] == pytest.approx([x.item() for x in right], rel=1e-5)
     assert metrics["rollout_gap"] == pytest.approx(0.25, abs=1e-3) and metrics["rho_minus_1"] == 0
     sizes = [Trajectory("t", None, [], [0] * 10, [], ids=[0] * n) for n in (50, 10, 40, 20, 30)]
     parts = skill_sd.micro_batches(sizes, 100)                 # of 2 * 30, 2 * 50 and 60 tokens
@@ -576,37 +540,32 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, checkpointing, kl):
 
 def test_updates_move_rho_are_clipped_and_stop_at_what_is_not_finite(tiny):
     model = copy.deepcopy(tiny[0])
-    batch, cfg = played(
-        tiny, updates_per_iteration=3, clip_low=0.0, clip_high=100.0, max_grad_norm=1e-3)
+    clips = dict(clip_low=0.0, clip_high=100.0, max_grad_norm=1e-3)
+    batch, cfg = played(tiny, updates_per_iteration=3, **clips)
     metrics, gradient = one_step(model, batch, cfg, lr=10.0)
     assert metrics["grad_norm"] > 1e-3 and gradient.norm().item() == pytest.approx(1e-3, rel=1e-2)
     assert metrics["rho_minus_1"] > 1e-4 and metrics["rollout_gap"] < 1e-4   # logp_old stays
     assert 0 < metrics["clip_fraction"] < 1                    # the share of tokens that fell
     before = copy.deepcopy(model.state_dict())
-    for cfg.lam, teacher, message in (         # of 800 the value is e**800, the slope -800
-            (math.nan, -1.0, "gradient norm nan"), (1.0, 800.0, "'sdl_loss': inf"),
-            (math.nan, 800.0, "gradient norm nan")):
+    for cfg.lam, teacher, message in ((math.nan, -1.0, "norm=nan"), (1.0, 800.0, "'sdl_loss': inf"),
+                                      (math.nan, 800.0, "norm=nan")):        # value e**800
         batch[0].logp_teacher = torch.full_like(batch[0].logp_old, teacher)
-        with pytest.raises(AssertionError, match=message):
-            one_step(model, batch, cfg, lr=1.0)
+        pytest.raises(AssertionError, one_step, model, batch, cfg, lr=1.0).match(message)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", [name for name in skill_sd.METHODS if name != "base"])
 def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
-    """Skills, advantages and credits meet their episodes, also where one is lost, or a group. What
-    is finished is not done again, and `base` plays with the student."""
+    """Skills, advantages and credits meet their episodes, also where one is lost, or a group."""
     rewards = [0.1, math.nan, 0.7, 0.7, 0.2, 0.9, 0.9, 0.9] + [math.nan] * 4
     turns = [5, 1, 4, 3, 2, 5, 2, 4] + [1] * 4         # best of their group, then shortest: 3, 6
     frozen, off_policy, writes = "frozen" in method, "off_policy" in method, method != "grpo"
-    teacher_reads = method not in ("grpo", "skill_grpo")
+    taught = method not in ("grpo", "skill_grpo")
     cfg = smallest(tmp_path.parent, method=method, **dict(sync_every=2) | skill_sd.METHODS[method])
-    assert (cfg.reward_weight, cfg.lam, cfg.skill_shown) == (
-        float(method != "opd"), 1.0 if method == "opd" else 0.1 * teacher_reads,
-        dict(other_skill="other", empty_skill="empty").get(method, "own"))
+    assert (cfg.reward_weight, cfg.lam) == ((0, 1) if method == "opd" else (1, 0.1 * taught))
+    assert cfg.skill_shown == dict(other_skill="other", empty_skill="empty").get(method, "own")
     real, due, written, seeds = skill_sd.rollout, [], [], set()
-
     def lossy(model, tokenizer, envs, *args, **keywords):
         seeds.update(generator.initial_seed() for generator in args[2:])   # not of the held-out
         out = real(model, tokenizer, envs, *args, **keywords)
@@ -630,30 +589,25 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
         assert [(task, entry) for (_, task, entry, *_), _ in shown] == picks
         assert [(t.task_id, t.skill) for t in out] == [
             (args[1], skill) for args, skill in shown for _ in range(4)]
-        skilled = [t.skill_prompt for t in out]
-        assert (skilled in read) == (off_policy or method == "skill_grpo"
-                                     or skilled == [t.prompt for t in out])
+        reads_skill = off_policy or method == "skill_grpo"
+        assert [t.skill_prompt if reads_skill else t.prompt for t in out] in read
         due += [(entry, pytest.approx(x)) for (_, entry), x in zip(picks, (0.5, 0.725)) if entry]
         (chosen, *_), skills = calls["summarize"][k]
-        assert {id(t) for t in chosen} <= {id(out[3]), id(out[6])}
         assert len(chosen) == 2 * writes or k > 0
         wanted = [ok for _, ok in calls["wants"][2 * k:2 * k + 2]]
-        assert [id(t) for t in chosen] == [
-            id(t) for t, ok in zip((out[3], out[6]), wanted) if ok]
+        assert [id(t) for t in chosen] == [id(out[i]) for i, ok in zip((3, 6), wanted) if ok]
         written += [(t.task_id, skill, t.reward) for t, skill in skills]
     assert len(seeds) == 4                     # no iteration repeats another
     assert due == [(entry, reward) for (_, entry, reward), _ in calls["credit"]]
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
-    assert [args[1] is student is not args[0] for args, _ in calls["sync_teacher"]] == [True] * (
-        0 if frozen else 2)
+    assert [b is student != a for (a, b), _ in calls["sync_teacher"]] == [True] * 2 * (not frozen)
     assert [(args[0] is student, args[3]) for args, _ in calls["score_as_teacher"]] == [
-        (False, not frozen), (False, False)] * dict(exact=0, falling=1).get(
-            method, 2 * teacher_reads)
+        (False, not frozen), (False, False)] * dict(exact=0, falling=1).get(method, 2 * taught)
     assert [(args[5], {t.skill for t in out}) for args, out in calls["rollout"][4:]] == [
         (False, {None}), (True, {None})]       # the held-out tasks, sampled and greedy
     assert result["sampled"][:2] == result["greedy"][:2] == [0.1, 0.0]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    distils = [k > 0 and teacher_reads and not (k > 1 and method == "falling") for k in range(4)]
+    distils = [k > 0 and taught and not (k > 1 and method == "falling") for k in range(4)]
     assert [(x["lost"], x["skill_share"] > 0, x["sdl_loss"] > 0) for x in lines] == [
         (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
     assert all(math.isfinite(x) for line in lines for x in line.values())
@@ -666,19 +620,19 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     assert skill_sd.train(again) == result | dict(curve=[[0, result["curve"][0][1]]])
     if method == "skill_sd":                   # a look at what student and teacher think
         skill_sd.watch(cfg)
-        turns = re.findall(r"^(\w+) +((?:[.\d]+ +){8})(-?[.\d]+)$", capsys.readouterr().out,
-                           re.MULTILINE)
-        for move, chances, log_ratio in turns:
-            p, q = (float(chances.split()[MOVES.index(move) + 4 * i]) for i in (0, 1))
-            assert math.log(p / q) == pytest.approx(float(log_ratio), abs=0.1)
+        turns = re.findall(r"^(\w+)((?: +[-.\d]+){9})$", capsys.readouterr().out, re.MULTILINE)
+        for move, row in turns:
+            *chances, log_ratio = map(float, row.split())
+            p, q = chances[MOVES.index(move)::4]
+            assert math.log(p / q) == pytest.approx(log_ratio, abs=0.1)
         assert turns
 
 
 def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
     cfg, tasks = Config(tasks_per_iteration=4, iterations=40, curriculum=0.5), range(40)
     for k, last in ((0, 9), (10, 24), (20, 39), (39, 39)):
-        picks = [{*skill_sd.pick_tasks(tasks, dataclasses.replace(cfg, seed=seed), k)}
-                 for seed in range(60)]
+        cfgs = [dataclasses.replace(cfg, seed=seed) for seed in range(60)]
+        picks = [{*skill_sd.pick_tasks(tasks, each, k)} for each in cfgs]
         assert (min(set.union(*picks)), max(set.union(*picks))) == (0, last)
         assert all(len(pick) == 4 for pick in picks)
     assert skill_sd.pick_tasks(tasks, cfg, 38) != skill_sd.pick_tasks(tasks, cfg, 39)
@@ -712,20 +666,18 @@ def main(*words):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """`base` and `skill_sd`, killed five times and started again, leave bit for bit what they leave
-    in another folder, with a warm start of its own. What is being written is half there."""
+    """Killed five times, with a file half written, and started again: the same bit for bit."""
     main(*SMALL, str(tmp_path / "a"))
     for owner, name, nth in ((os, "replace", 1), (Path, "write_text", 3), (torch, "save", 2),
                              (os, "replace", 4), (skill_sd, "update", 2)):
         calls, real = [], getattr(owner, name)
-
         def killing(*args, **keywords):
             calls.append(args)
             if len(calls) < nth:
                 return real(*args, **keywords)
             if name in ("save", "write_text"):
                 Path(args[name == "save"]).write_bytes(b"{")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), 9)
         child = os.fork()
         if child == 0:
             try:
@@ -733,7 +685,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
                 main(*SMALL, str(tmp_path / "b"))
             finally:
                 os._exit(0)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert os.waitpid(child, 0)[1] == 9
     main(*SMALL, str(tmp_path / "b"))
     folders = sorted((tmp_path / "a").glob("*-seed0-*"))
     assert [folder.name.partition("-")[0] for folder in folders] == ["base", "skill_sd"]
@@ -743,10 +695,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
             assert (folder / name).read_bytes() == (twin / name).read_bytes()
     logs = [re.sub('"seconds.*', "", (out / "log.jsonl").read_text()) for out in (folder, twin)]
     assert logs[0] == logs[1] and logs[0].count("\n") == 6
-    curve = json.loads((folder / "result.json").read_text())["curve"]
-    assert [k for k, _ in curve] == [0, 1, 2, 3, 4, 5, 6]      # shares of 6, rounded
-    assert curve[:-1] == [[k, x["heldout_sampled"]] for k, x in enumerate(
-        map(json.loads, logs[0].replace(", \n", "}\n").splitlines()))]
+    *curve, (last, _) = json.loads((folder / "result.json").read_text())["curve"]
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    assert last == 6 and curve == [[k, x["heldout_sampled"]] for k, x in enumerate(lines)]
 
 
 def torchrun(code, n, *args):
@@ -808,22 +759,18 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
 
 @contextlib.contextmanager
 def serving(answer, drip=0):
-    """A server: (its URL, what it was asked). answer(number of the request): status, JSON; before
-    it, if `drip` is set, a blank in every so many seconds, twenty times."""
+    """(URL, what it was asked). answer(nth request): status, JSON, after 20 * `drip` seconds."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             asked.append((self.path, self.headers["Authorization"], json.loads(body)))
             with contextlib.suppress(OSError):                 # who asked may be gone
-                for i in range(20 * bool(drip)):
-                    if i == 0:
-                        self.send_response(200)
-                        self.end_headers()
-                    self.wfile.write(b" ")
-                    time.sleep(drip)
                 status, value = answer(len(asked))
                 self.send_response(status)
                 self.end_headers()
+                for _ in range(20):
+                    self.wfile.write(b" ")
+                    threading.Event().wait(drip)
                 self.wfile.write(json.dumps(value).encode())
     asked = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -832,13 +779,12 @@ def serving(answer, drip=0):
         server.shutdown()
 
 
-WRITTEN = {"choices": [{"message": {
-    "content": f"Sure!\n```json\n{json.dumps(dataclasses.asdict(SKILLS[0]))}\n```"}}]}
+SAID = f"Sure!\n```json\n{json.dumps(vars(SKILLS[0]))}\n```"
+WRITTEN = {"choices": [{"message": {"content": SAID}}]}
 
 
 def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsys):
-    """Three transcripts are sent at once, before the update has ended. A bad server costs skills
-    only: it is asked three times, and what it says is printed, the key never."""
+    """Three at once. A bad one costs skills only; what it says is printed, the key never."""
     def meeting(function):
         def met(*args):
             together.wait()
@@ -853,35 +799,30 @@ def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsy
                        summary_tokens=77)
         skill_sd.train(cfg)
     ((batch, *_), _), = calls
-    messages = [[dict(role="system", content=skill_sd.SUMMARIZER_PROMPT),
-                 dict(role="user", content=t.transcript())] for t in batch]
-    assert sorted(asked, key=str) == sorted(
-        [("/v1/chat/completions", "Bearer secret", dict(model="m", max_tokens=77, messages=said))
-         for said in messages], key=str)
+    wanted = [("/v1/chat/completions", "Bearer secret", dict(model="m", max_tokens=77, messages=[
+        dict(role="system", content=skill_sd.SUMMARIZER_PROMPT),
+        dict(role="user", content=t.transcript())])) for t in batch]
+    assert sorted(asked, key=str) == sorted(wanted, key=str)
     (bank,) = json.loads((skill_sd.run_folder(cfg) / "bank.json").read_text())
-    assert [e["skill"] for entries in bank.values() for e in entries] == [
-        dataclasses.asdict(SKILLS[0])] * 3
+    assert [e["skill"] for (e,) in bank.values()] == [vars(SKILLS[0])] * 3
     batch, waits = batch[:1], []
     monkeypatch.setattr(skill_sd.time, "sleep", waits.append)
     capsys.readouterr()
-    script = [(503, ""), (429, ""), (200, WRITTEN)]
+    parts = [dict(type=kind, text=text) for kind, text in (
+        ("thinking", SAID.replace("up", "down")), ("text", SAID[:9]), ("text", SAID[9:]))]
+    script = [(503, ""), (429, ""), (200, {"choices": [{"message": {"content": parts}}]})]
     with serving(lambda number: script[number - 1]) as (cfg.summarizer, asked):
         assert skill_sd.summarize(batch, None, None, cfg, None) == [(batch[0], SKILLS[0])]
     assert waits == [1, 4] and capsys.readouterr().out == ""
-    parts = [dict(type=kind, text=kind) for kind in ("thinking", "text", "text")]
-    with serving(lambda number: (200, {"choices": [{"message": {"content": parts}}]})) as (
-            cfg.summarizer, asked):
-        assert skill_sd.ask_server(batch[0], cfg) == "texttext" and len(asked) == 1
-    for bad in ((401, "no such user: secret"), (200, math.nan), (200, {"choices": []}), (204, ""),
-                (200, {"choices": [{"message": {"content": None}}]}),
-                (200, {"error": {"message": "busy"}})):
+    for bad in ((401, "no such user: secret"), (200, math.nan), (204, ""), (200, {"choices": []}),
+                (200, {"error": "busy"}), (200, {"choices": [{"message": {"content": None}}]})):
         with serving(lambda number: bad) as (cfg.summarizer, asked):
             assert skill_sd.summarize(batch * 3, None, None, cfg, None) == []
             (line,) = capsys.readouterr().out.splitlines()     # one, whatever many skills it cost
             assert str(bad[0]) in line or json.dumps(bad[1] or "") in line or bad[0] == 204
             assert "secret" not in line and len(asked) == 9
-    for drip in (0, 0.05):                     # a server that is late, or goes on and on
-        with serving(lambda number: (200, threading.Event().wait(1) or WRITTEN), drip) as (
+    for late, drip in (1, 0), (0, 0.05):       # a server that is late, or goes on and on
+        with serving(lambda number: (200, threading.Event().wait(late) or WRITTEN), drip) as (
                 cfg.summarizer, asked):
             start = time.monotonic()
             assert "timed" in skill_sd.ask_server(batch[0], cfg, timeout=0.2) or drip
@@ -898,11 +839,9 @@ def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
     """It comes closer to the player than half of the way, at games of other rooms."""
     cfg = smallest(tmp_path.parent)
     model, tokenizer = skill_sd.load_model(cfg, world := sokoban_env.make_world(cfg))
-    again, _ = skill_sd.load_model(cfg, None)                  # kept: no world is needed
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    games = [sokoban_env.demonstrate(level, distances(level), random.Random(i), cfg.timid, 5, 0.8,
-                                     dataclasses.asdict(SKILLS[0]))
-             for i, level in enumerate(world.levels)]
+    skill_sd.load_model(cfg, None)                             # kept: no world is needed
+    games = [sokoban_env.demonstrate(x, distances(x), random.Random(i), cfg.timid, 5, 0.8,
+                                     vars(SKILLS[0])) for i, x in enumerate(world.levels)]
     encoded, chat = sokoban_env.encode_games(games, tokenizer, skill_sd.SKILL_TEXT), Chat(tokenizer)
     for (level, _, moves, probs, notes), row in zip(games, encoded):
         env = SokobanEnv(level, 9)
@@ -922,48 +861,42 @@ def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
 @pytest.mark.parametrize("name, settings, message", [
     ("Mamba", dict(state_size=4), "cache"), ("Llama", dict(max_position_embeddings=1000), "=1024"),
     ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "cache"),
-    ("Llama", dict(layer_types=["linear_attention", "full_attention"]), "cache"),
-    ("nobody/has-this-model", {}, "cannot be loaded"), (str(HERE), {}, "cannot be loaded")])
-def test_models_that_cannot_be_had_or_held_are_refused(tiny, tmp_path, name, settings, message):
-    if settings:
-        config = getattr(transformers, f"{name}Config")(
-            vocab_size=len(tiny[1]), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            **settings)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-        tiny[1].save_pretrained(tmp_path)
-        name = str(tmp_path)
-    with pytest.raises((ValueError, AssertionError),
-                       match=f"{re.escape(name)}.*{message}|{message}.*{name}"):
-        skill_sd.load_model(Config(model=name), None)
+    ("Llama", dict(layer_types=["linear_attention", "full_attention"]), "cache")])
+def test_models_that_cannot_be_held_are_refused(tiny, tmp_path, name, settings, message):
+    config = getattr(transformers, f"{name}Config")(num_attention_heads=4, hidden_size=32,
+        vocab_size=len(tiny[1]), num_hidden_layers=2, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    cfg, refused = Config(model=str(tmp_path)), (ValueError, AssertionError)
+    told = pytest.raises(refused, skill_sd.load_model, cfg, None)
+    told.match(f"{cfg.model}.*{message}|{message}.*{cfg.model}")
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--lr inf", "lr=inf"), ("--lam nan", "lam=nan"), ("--seed -1", "seed=-1"),
-    ("--max-turns 0", "max_turns=0"), ("--group-size 1", "group_size=1"),
-    ("--temperature 0", "temperature=0.0"), ("--tasks-per-iteration 5", "tasks_per_iteration=5"),
+    *(("--" + told.replace("_", "-").replace("=", " "), told) for told in (
+        "lr=inf", "lam=nan", "seed=-1", "max_turns=0", "group_size=1", "temperature=0.0",
+        "tasks_per_iteration=5", "max_context=200", "lam_until=2.0", "timid=1.5")),
     ("--actor teacher --skill-reader nobody", "skill_reader='nobody'"),
     ("--env appworld_adapter --summarizer rules", "summarizer='rules'"),
-    ("--summarizer http://x", "summarizer_model=''"), ("--summarizer https//x", "summarizer='https"),
+    ("--summarizer http://x", "summarizer_model=''"), ("--summarizer https//x", "='https//x'"),
     ("--help", "(default: 16384)"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
     ("--method opd,ppo", "method='ppo': must be all, or of base, skill_sd"),
     ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"),
     ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--device tpu", "--device"),
     *[("--device cuda", "device='cuda': torch sees none")] * (not torch.cuda.is_available()),
-    ("--max-context 200", "max_context=200"), ("--lam-until 2", "lam_until=2.0"),
-    ("--timid 1.5", "timid=1.5"), ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
+    ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
+    ("--model no/such --summarizer self", "'no/such' cannot be loaded"),
+    (f"--model {HERE} --summarizer self", f"'{HERE}' cannot be loaded"),
     ("--env no_such_world --summarizer self", "No module named 'no_such_world'"),
-    ("--tasks-per-iteration 6 --train-levels 5", "at most 5"), ("--out setup.cfg/x", "setup.cfg")])
+    ("--tasks-per-iteration 6 --train-levels 5", "5 training tasks"), ("--out /dev/null/x", "/dev/null")])
 def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(skill_sd, "RANKS", 2 - ("out" in words or "env" in words or "6" in words))
+    monkeypatch.setattr(skill_sd, "RANKS", 2 - bool(re.search("out|env|6|--model", words)))
     monkeypatch.setattr(sokoban_env, "warm_start", Mock(side_effect=AssertionError("too late")))
-    if "m" in words.split():
-        monkeypatch.setenv("OPENAI_API_KEY", "se\u201ccret")
+    monkeypatch.setenv("OPENAI_API_KEY", "se\u201ccret" * ("-model m" in words))
     monkeypatch.chdir(tmp_path)
-    Path("setup.cfg").write_text("a file")
-    with pytest.raises(SystemExit) as end:
-        main(*words.split())
-    assert told in f"{end.value} {capsys.readouterr()}" and "cret" not in f"{end.value}"
+    end = pytest.raises(SystemExit, main, *words.split()).value
+    assert told in f"{end} {capsys.readouterr()}" and "cret" not in f"{end}"
 
 
 def test_a_method_stands_over_what_is_typed_and_that_over_a_preset():
@@ -977,15 +910,13 @@ def test_a_method_stands_over_what_is_typed_and_that_over_a_preset():
     assert (cfg.method, cfg.lam, cfg.seed) == ("grpo", 0.0, 3)
 
 
-@pytest.mark.parametrize("seeds, base, opd, difference", [     # 3.18 * s / sqrt(4), then
+@pytest.mark.parametrize("seeds, base, opd, paired", [         # 3.18 * s / sqrt(4), then
     (1, "25.0 79.5 37.5 76.1", "50.0 91.8 82.5 37.6", "25.0 79.5 45.0 83.6"),
     (3, "25.0 62.1 29.2 64.6", "41.7 35.8 55.8 71.9", "16.7 35.8 26.7 43.6")])   # 4.30 / sqrt(3)
-def test_main_prints_a_table_with_paired_differences(
-        seeds, base, opd, difference, monkeypatch, capsys):
+def test_main_prints_a_table(seeds, base, opd, paired, monkeypatch, capsys):
     """Its figures were computed by hand. `base` comes along, `all` is every method."""
     results = [([0, 0.5, 1, 0], [1, 0.5, 1, 0.8]),             # of `base` and `opd`, by seed
                ([0, 0, 0, 0], [1, 0, 0, 0]), ([1, 1, 0, 0], [1, 1, 0, 0.4])]
-
     def train(cfg):
         asked.append((cfg.method, cfg.seed))
         return dict(sampled=results[cfg.seed][cfg.method != "base"], greedy=[0, 1, 0, 1], curve=[
@@ -1000,35 +931,29 @@ def test_main_prints_a_table_with_paired_differences(
         out = capsys.readouterr().out
     rows = re.findall(r"^(\S+|\S+ - \S+)  +(\d.*)$", out, re.MULTILINE)
     rows = {name: re.findall(r"[\d.]+", row) for name, row in rows}
-    assert {name: " ".join(row[:4]) for name, row in rows.items()} == {
-        "base": base, "opd": opd, "opd - base": difference}
-    assert [row[8] for row in rows.values()] == ["50.0", "62.5", "12.5"]       # area, trapezoids
+    assert {name: " ".join([*row[:4], row[-1]]) for name, row in rows.items()} == {    # area last
+        "base": f"{base} 50.0", "opd": f"{opd} 62.5", "opd - base": f"{paired} 12.5"}
     assert re.search("\nbase +▅\n(.*\n)*opd +▁▅█\n", out) and "[0, 1, 4]" in out
 
 
 def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
     """They run one after the other among a few imports and nothing else."""
-    names = {}
-    exec("import json, math, re, torch\nfrom contextlib import suppress\n"
-         "from dataclasses import asdict, dataclass", names)
-    for piece in (masked_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill,
-                  SkillBank):
-        exec(inspect.getsource(piece), names)
+    names = dict(json=json, math=math, re=re, torch=torch, suppress=contextlib.suppress,
+                 asdict=dataclasses.asdict, dataclass=dataclasses.dataclass)
+    for part in (masked_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill, SkillBank):
+        exec(inspect.getsource(part), names)
     lifted, x = types.SimpleNamespace(**names), torch.zeros(2, 3)
     lifted.sdl_loss(x, x, x, x == 0)
     lifted.grpo_loss(x, x, lifted.group_advantages([0, 1], 2), x == 0, 0.2, 0.28)
     bank = lifted.SkillBank(c=1.0, size=1)
-    bank.add("t", lifted.parse_skill(json.dumps(dataclasses.asdict(SKILLS[0]))))
+    bank.add("t", lifted.parse_skill(json.dumps(vars(SKILLS[0]))))
     bank.credit(bank.select("t"), 1.0)
     bank.load_state_dict(bank.state_dict())
     assert bank.wants("t", 1.0) and bank.select("t")
     monkeypatch.chdir(tmp_path)
     runpy.run_path(skill_sd.__file__)                          # importing prints and trains nothing
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
-
-
-def test_the_readmes_trainer_calls_them():
-    """Its lines run as they stand, with a policy of five tokens, and move it to the teacher."""
+    # The README's trainer runs as it stands, and moves a policy of five tokens to the teacher.
     (code,) = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     model, y = torch.zeros(5, requires_grad=True), torch.tensor([[0, 1], [2, 3]])
     def sample(model, prompt):
@@ -1047,14 +972,10 @@ def test_the_readmes_trainer_calls_them():
 # ---- On a GPU ------------------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda(tiny):
-    """It samples as it scores, in bfloat16 within 0.1; in float32 its greedy games are the CPU's.
-    One NCCL process sums over itself alone. The peak of memory is printed beside .ci/fit.py's."""
-    def play(model, greedy, **settings):
-        cfg = Config(max_new_tokens=4, **settings)
-        envs = [SokobanEnv(level, 1 + i % 4) for i, level in enumerate(generate_levels(6, seed=3))]
-        return rollout(model, tiny[1], envs, cfg, None, torch.Generator(model.device), greedy), cfg
+    """It samples as it scores, plays as the CPU does, and one process sums over itself by NCCL. The
+    peak of memory is printed beside .ci/fit.py's."""
     model = copy.deepcopy(tiny[0]).cuda()
-    batch, cfg = play(model, False, precision="bfloat16")
+    batch, cfg = played((model, tiny[1]), precision="bfloat16")
     one_step(model, batch, cfg)                # now the libraries have what they keep
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -1062,11 +983,11 @@ def test_cuda(tiny):
     assert metrics["log_ratio"] == 0 and metrics["rollout_gap"] <= 0.1
     tokens, actions = sum(len(t.prompt + t.ids) for t in batch), sum(len(t.logps) for t in batch)
     formula = runpy.run_path(str(HERE / ".ci" / "fit.py"))["memory"](
-        (64, 192, 3, 4, 2, 16, len(tiny[1])), sum(p.numel() for p in model.parameters()), 1, 1,
+        (64, 128, 2, 4, 2, 16, len(tiny[1])), sum(p.numel() for p in model.parameters()), 1, 1,
         tokens, actions, "bfloat16")
     print(f"peak of one update {torch.cuda.max_memory_allocated() - before}, formula {formula}")
-    games = [[t.ids for t in play(on, True)[0]] for on in (model, tiny[0])]
-    assert games[0] == games[1]
+    games = [played((on, tiny[1]), greedy=True)[0] for on in (model, tiny[0])]
+    assert [t.ids for t in games[0]] == [t.ids for t in games[1]]
     done = torchrun("tests.torch.distributed.init_process_group('nccl')\ntests.skill_sd.RANKS = 2\n"
                     "print(tests.skill_sd.all_sum(tests.torch.ones(2, device='cuda')).tolist())", 1)
     assert done.stdout == "[1.0, 1.0]\n", done.stderr
@@ -1078,7 +999,7 @@ MICROBAN = "###### #####\n#    ###   #\n# $$     #@#\n# $ #...   #\n#   ########
 
 
 # ---- Sokoban -------------------------------------------------------------------------------------
-def test_levels_are_read_or_refused_and_solved_optimally():
+def test_levels_are_read_or_refused_solved_optimally_and_generated():
     for text, message in (
             ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"),
             ("@-", "0 boxes and 0 goals"), ("@$$.", "2 boxes and 1 goals"),
@@ -1087,22 +1008,17 @@ def test_levels_are_read_or_refused_and_solved_optimally():
             ("\n####\n#@$.\n####", "line 3, column 2: '@' is outside"),
             ("#####  \n#@ .# $\n#####  ", "line 2, column 7: '\\$' is outside"),
             ("# # # # #\n# @ $ x #\n# # # # #", "line 2, column 7: unknown glyph 'x'")):
-        with pytest.raises(ValueError, match=message):
-            parse_level(text)
+        pytest.raises(ValueError, parse_level, text).match(message)
     for moves, text in (0, "####\n#*@#\n####"), (5, "#####\n#+$ #\n#   #\n#####"), (107, MICROBAN):
         level = after = parse_level(text)
-        assert parse_level(to_xsb(level)) == level == parse_level(render(level))
         for letter in solve(level, state_limit=8000):          # with hopeless pushes: over 50,000
             after = after.after("UDLR".index(letter))
         assert len(solve(level)) == moves and after.completion() == 1.0
-    with pytest.raises(RuntimeError, match="state_limit=50"):
-        solve(level, state_limit=50)
+    pytest.raises(RuntimeError, solve, level, state_limit=50).match("state_limit=50")
     two = parse_level("#######\n#@$$..#\n#######")
     assert two.after(3) is two                                 # nobody is that strong
     assert solve(parse_level("#####\n#$ @#\n# . #\n#####")) is None       # a box in a corner
-
-
-def test_generated_levels_are_exact_distinct_and_the_same_everywhere():
+    # Generated levels are exact, distinct, and the same everywhere.
     given = dict(n=60, seed=11, min_moves=3, max_moves=15)
     levels = generate_levels(**given)
     assert sokoban_env.derived_seed(*map(to_xsb, levels)) == 6184254315946153153       # a digest
@@ -1111,20 +1027,20 @@ def test_generated_levels_are_exact_distinct_and_the_same_everywhere():
     keys = set(map(canonical, flipped))
     assert len(keys) == 60 and keys == set(map(canonical, levels)) and flipped != levels
     assert keys.isdisjoint(map(canonical, generate_levels(**given, exclude=flipped)))
-    for wrong in (dict(size=3), dict(size=27), dict(boxes=0), dict(min_moves=9, max_moves=3),
-                  dict(min_moves=300, max_moves=300)):         # no level is as long as that
-        with pytest.raises(ValueError, match="{}={}".format(*list(wrong.items())[0])):
-            generate_levels(1, seed=0, **wrong)
+    for name, value in ("size", 3), ("size", 27), ("boxes", 0), ("min_moves", 21):
+        pytest.raises(ValueError, generate_levels, 1, 0, **{name: value}).match(f"{name}={value}")
+    pytest.raises(ValueError, generate_levels, 1, 0, 6, 2, 300, 300).match("300.* in 2000 rooms")
 
 
 def test_environment_reads_tolerantly_counts_and_ends():
     for text, move in (("I go LEFT", 2), ("up, then left", 2), ("<answer>jump</answer> left", None),
                        ("<answer> Down! </answer> not up", 1), ("upwards uplift", None),
                        ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3),
-                       ("<answer>Right || Up</answer>", 3), ("<answer>1. up, 2. left</answer>", 0),
                        ("<answer>up then left", 0), ("<answer>not up but left</answer>", 2),
-                       ("so <answer>up\nThis pushes it to the right", 0), ("up, left", 2),
-                       ("<answer>push up, push left</answer>", 0), ("<answer>up<answer>", 0)):
+                       ("<answer>push up, push left</answer>", 0), ("<answer>up<answer>", 0),
+                       ("<answer>1. up, 2. left</answer>", 0), ("so <answer>up\nright", 0),
+                       ("<answer>up</answer></think>move_left", 2), ("<think>up", None),
+                       ("<answer>right (push the box to e4), down</answer>", 3)):
         assert parse_action(text) == move
     env = SokobanEnv(parse_level("#######\n#@ $.*#\n#######"), max_turns=5)
     first = env.reset()
@@ -1142,24 +1058,23 @@ def test_environment_reads_tolerantly_counts_and_ends():
 
 
 def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
-    def conversation(room, answers):
-        env = SokobanEnv(parse_level(room))
-        texts = [env.reset()]
-        for answer in answers.split():
-            texts += [answer, env.step(answer)[0]]
-        return [dict(role=role, content=x) for role, x in zip(("user", "assistant") * 9, texts)]
-
     room = "#######\n#     #\n# .$  #\n#  @  #\n#   $.#\n#######"
-    half = conversation(room, "left right right banana up left down up")
-    lost = conversation("#######\n#  .. #\n# $@$ #\n#######", "up down left right right")
-    best = conversation("#####\n#@$.#\n#####", "right")
-    for messages, *fields in (
-            (half, "1 of 2 boxes on goals in 6 moves", "kept away from boxes",
-             "at e3 push left, push right"),
-            (lost, "0 of 2 boxes on goals in 0 moves",
-             "at d3 left pushed a box to b3 where it is stuck", "push up, push right, push up"),
-            (best, "1 of 1 boxes on goals in 1 moves", "none seen", "at b2 push right")):
-        assert [*analyse(messages).values()] == fields
+    for text, answers, *fields in (
+            (room, "left right right banana up left down up", "1 of 2 boxes on goals in 6 moves",
+             "kept away from boxes", "at e3 push left, push right"),
+            ("#######\n#  .. #\n# $@$ #\n#######", "up down left right right",
+             "0 of 2 boxes on goals in 0 moves", "at d3 left pushed a box to b3 where it is stuck",
+             "push up, push right, push up"),
+            ("#######\n#     #\n#@$ * #\n#     #\n#    .#\n#######", "up",
+             "1 of 2 boxes on goals in 0 moves", "kept away from boxes", "push down, push right"),
+            ("#####\n#@$.#\n#####", "right", "1 of 1 boxes on goals in 1 moves", "none seen",
+             "at b2 push right")):
+        env = SokobanEnv(parse_level(text))
+        said = [dict(role="user", content=env.reset())]
+        for answer in answers.split():
+            said += [dict(role="assistant", content=answer),
+                     dict(role="user", content=env.step(answer)[0])]
+        assert [*sokoban_env.analyse(said).values()] == fields
     for text, timid, shares in (
             (room, 0.5, [0, 1 / 2, 1 / 2, 0]),                         # no push, far from boxes
             ("#####\n##@##\n##$##\n##.##\n#####", 1.0, [1 / 4] * 4),   # there is no such move
@@ -1170,28 +1085,21 @@ def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
     level, table = parse_level(room), distances(parse_level(room))
     for pushes, move in ((), "left"), (["left", "right"], "down"), (["left"], "left"):
         notes = dict(golden_workflow=", ".join(f"push {way}" for way in pushes))
-        states, moves, probs = play_as(level, table, random.Random(0), 1.0, 4, notes)
+        *_, probs = play_as(level, table, random.Random(0), 1.0, 4, notes)
         assert probs[0][MOVES.index(move)] >= 0.95 / 2
-        for (player, boxes), move, after in zip(states, moves, states[1:]):
-            moved = dataclasses.replace(level, player=player, boxes=boxes).after(move)
-            assert (moved.player, moved.boxes) == after
-
-
-def test_demonstrations_give_the_players_probabilities_in_other_rooms():
+    # Demonstrations give the player's probabilities, in rooms that are not excluded.
     given = dict(n=200, seed=2, boxes=1, max_moves=8, max_turns=6, timid=0.5)
     taken, seen = [], set()
-    for level, states, moves, probs, notes in demonstrations(**given):
+    for level, states, moves, probs, notes in sokoban_env.demonstrations(**given):
         assert len(states) - 1 == len(moves) == len(probs) <= 6
         assert states[-1][1] == level.goals or len(moves) == 6
         taken.append(level)
         for state, p in zip(states, probs):
             shy, bold = (move_probs(level, *state, distances(level), timid) for timid in (0.5, 0.0))
             seen.add((notes and bool(notes["golden_workflow"]), p == shy, p == bold))
-    # The notes make the difference, if they fit; in a lost state there is none.
-    assert seen >= {(None, True, False), (True, True, False), (True, False, True),
-                    (False, True, False)} and seen.isdisjoint({(None, False, True),
-                                                               (False, False, True)})
-    others = [game[0] for game in demonstrations(**given, exclude=taken)]
+    assert seen >= {(None, 1, 0), (True, 1, 0), (True, 0, 1), (False, 1, 0)}   # notes, if they fit
+    assert seen.isdisjoint({(None, 0, 1), (False, 0, 1)})
+    others = [game[0] for game in sokoban_env.demonstrations(**given, exclude=taken)]
     assert not {(x.walls, x.goals) for x in taken} & {(x.walls, x.goals) for x in others}
 
 
@@ -1199,11 +1107,9 @@ def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monke
     """By the terminal, with arrows and without a solver that gives up; errors are one line."""
     path, room = tmp_path / "levels.txt", "#####\n#@$.#\n#####"
     monkeypatch.setattr(sys, "argv", ["sokoban_env.py", "--file", str(path)])
-
-    def played(data, typed="", end=EOFError):
-        path.write_bytes(data)
-        answers = Mock(side_effect=[*typed.split(), end])
-        monkeypatch.setattr("builtins.input", answers)
+    def played(text, typed="", end=EOFError, encoding="utf-8"):
+        path.write_text(text, encoding)
+        monkeypatch.setattr("builtins.input", Mock(side_effect=[*typed.split(), end]))
         try:
             sokoban_env.main()
             return capsys.readouterr().out
@@ -1214,20 +1120,19 @@ def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monke
             (f"# 1\n\n{room}\n-----\nThe end of #1: well", 1), (f"\ufeff{room}\r\n\r\n{room}", 2),
             (f"caf\u00e9\n  {room}".replace("\n#", "\n--#"), 1)):
         for encoding in ("utf-8", "utf-16", "latin-1")[:1 if text[0] == "\ufeff" else 3]:
-            assert f"level 1 of {n}" in played(text.encode(encoding))
-    assert "level 2 of 2" in played(f"{room}\n{room[:0]}\n{room}".encode(), "n", KeyboardInterrupt)
-    assert "1 moves made" in (out := played(room.encode(), "\x1b[C")) and "solved" in out
-    assert "0 moves made" in (out := played(room.encode(), "\x1bOH \x1b[3~ \x1bd q")) and (
-        "1 moves" not in out.replace("optimal: 1 moves", ""))
+            assert f"level 1 of {n}" in played(text, encoding=encoding)
+    assert "level 2 of 2" in played(f"{room}\n\n{room}", "n", KeyboardInterrupt)
+    assert "1 moves made" in (out := played(room, "\x1b[C")) and "solved" in out
+    assert "0 moves made" in (out := played(room, "\x1bOH \x1b[3~ \x1bd q"))
+    assert "1 moves made" not in out
     monkeypatch.setattr(sokoban_env, "solve", Mock(side_effect=RuntimeError))
-    assert "optimal: unknown, 1 moves made" in played(room.encode(), "d o")
-    for data, message in ((f"{room}\n\n;x\n#####\n#@x.#\n#####", "level 2: line 7, column 3"),
-                          ("prose alone", "no level")):
-        assert message in (told := played(data.encode())) and told.startswith("error: ")
+    assert "optimal: unknown, 1 moves made" in played(room, "d o")
+    for text, message in ((f"{room}\n\n;x\n#####\n#@x.#\n#####", "level 2: line 7, column 3"),
+                          ("prose alone", "no level"), ("#" * 27 + "\n#" * 2, "no level")):
+        assert re.match(f"error: .*{message}", played(text))
     for words, message in (("--size 3", "size=3"), ("--file /no/such", "No such file")):
         monkeypatch.setattr(sys, "argv", ["sokoban_env.py", *words.split()])
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            sokoban_env.main()
+        assert re.match(f"error: .*{message}", played(room))
 
 
 # ---- AppWorld ------------------------------------------------------------------------------------
@@ -1308,9 +1213,8 @@ def test_appworld_errors_name_the_remedy(env, tmp_path, monkeypatch, call, given
     for name, value in given.items():
         monkeypatch.setenv(f"APPWORLD_{name}", value)
     monkeypatch.setattr(appworld_adapter, "START_SECONDS", 1)
-    with pytest.raises((OSError, ValueError, RuntimeError), match=message) as caught:
-        eval(call, vars(appworld_adapter))
-    assert "\n" not in str(caught.value)
+    told = pytest.raises((OSError, ValueError, RuntimeError), eval, call, vars(appworld_adapter))
+    assert re.search(message, str(told.value)) and "\n" not in str(told.value)
 
 
 def test_appworld_servers_are_reused_recycled_and_replaced(env, monkeypatch):
@@ -1359,8 +1263,7 @@ def test_appworld_server_lost_in_mid_episode(env, monkeypatch, target, value, co
     assert str(env.completion()) == ("0.0" if how == "killed" else "nan")
     assert (env.counts["killed"], env.counts["lost"]) == ((1, 0) if how == "killed" else (0, 1))
     assert gone(server.process.pid)
-    with pytest.raises(RuntimeError, match="call reset"):
-        env.step("hello")
+    pytest.raises(RuntimeError, env.step, "hello").match("call reset")
     env.reset()
     assert env.step(ANSWER.format("'7'")) == ("7", True) and env.counts["lost"] == 0
 
@@ -1377,9 +1280,8 @@ def test_appworld_command_line_and_no_server_outlives_it(env, tmp_path, end):
         assert not [*tmp_path.glob("experiments/outputs/*/*/tasks")]
 
 
-@pytest.mark.skipif(
-    not (os.environ.get("APPWORLD_PYTHON") and os.environ.get("APPWORLD_ROOT")),
-    reason="needs APPWORLD_PYTHON, APPWORLD_ROOT and the data of .ci/appworld_data.py; see README")
+@pytest.mark.skipif(not os.environ.get("APPWORLD_PYTHON") or not os.environ.get("APPWORLD_ROOT"),
+                    reason="needs APPWORLD_PYTHON, APPWORLD_ROOT and their data; see README")
 def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
     solved = "apis.supervisor.complete_task(answer='Bravo')"
     episodes = [     # code (none: a bare answer), part of the observation, what is counted
@@ -1393,16 +1295,15 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
          "    except Exception:\n        continue", "timed out after 5 seconds", "timeout"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt", None),
         ("import re\napis.spotify.login(username=re.search('a', 'a'), password='b')",
-         "not JSON serializable", None),
+         "status code is 401", None),
         ("apis.supervisor.complete_task(answer=float('-inf'))", "successful", None),
         ("print(1)  # as in ground_truth", "1", "answer_key"),
         ("print('x' * 10**7)\n" * 3, "[29000003 more characters printed]", "cut"),
         ("import os\nprint('\ud800', '\\ud800', *os.environ)", "? ? ", None),
         *[("x = bytes(6 * 10**9)", "MemoryError", None)] * (sys.platform == "linux")]
-
     def play(code, told, counted):
         env = AppWorldEnv("a1c0001_1", max_turns=2, max_chars=600, timeout_s=5)
-        if code == episodes[0][0]:             # what the prompt recommends runs, and is not cut
+        if code == solved:                     # what the prompt recommends runs, and is not cut
             asked = AppWorldEnv(env.task_id)
             for block in appworld_adapter.code_blocks(asked.reset()):
                 assert "failed" not in asked.step(f"```python\n{block}```")[0]
@@ -1410,7 +1311,6 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
             asked.close()
         first = env.reset()
         assert "Ada Example" in first and "2 answers" in first and "2023-05-18" in first
-        assert env.completion() == 1 / 2
         text, done = env.step(code and ANSWER.format(code))
         assert told in text and len(text) < 700 and "other" not in text and "OPENAI" not in text
         assert {name: n for name, n in env.counts.items() if n} == ({counted: 1} if counted else {})
@@ -1419,7 +1319,6 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
             assert env.step(ANSWER.format("print('x' in dir())\nx = 1")) == ("False\n", True)
         env.close()
         assert env.completion() == (1 if code == solved else 1 / 2)
-
     monkeypatch.setenv("OPENAI_API_KEY", "for the servers to be started with it around")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(play, *zip(*episodes)))
@@ -1429,7 +1328,7 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
                    summary_tokens=4, warm_demos=64, curriculum=0.0)
     noop = [appworld_adapter.noop_score(task) for task in appworld_adapter.task_ids("dev")]
     result = skill_sd.train(cfg)
-    assert (result["sampled"], result["greedy"]) == (noop, noop)         # it has no word for code
+    assert (result["sampled"], result["greedy"]) == (pytest.approx(noop),) * 2      # no word for code
     log = (skill_sd.run_folder(cfg) / "log.jsonl").read_text().splitlines()
     assert [(x["count_no_block"], x["lost"]) for x in map(json.loads, log)] == [(2, 0)] * 2
     appworld_adapter.stop_servers()
@@ -1443,13 +1342,11 @@ HOSTILE = [
 LONG = [piece * ((1 << 20) // len(piece)) for piece in HOSTILE] + [
     "#" * 500_000 + "\n#" * 250_000, "# " * 500_000 + "x",                 # one wide row, many rows
     "#" * 26 + ("\n#" + "$." * 12 + "#") * 26 + "\n#@".ljust(26) + "#\n" + "#" * 26]     # all boxes
-SKILL = '''{"success_analysis": "up", "mistake_analysis": "none",
-"golden_workflow": "b2 up", "more": [{"a": [1e9, null]}]}'''
 
 
 @pytest.mark.parametrize("parse, valid", [
-    (parse_skill, [SKILL, f"Sure:\n```json\n{SKILL}\n```\nDone."]),
-    (parse_level, [MICROBAN, render(parse_level(MICROBAN)), "#####\n#+$*#\n#####"]),
+    (parse_skill, [SAID, SAID.replace("}", ', "more": [{"a": [1e9, null]}]}')]),
+    (parse_level, [MICROBAN, sokoban_env.render(parse_level(MICROBAN)), "#####\n#+$*#\n#####"]),
     (parse_action, ["I go LEFT", "no. <ANSWER> Down! </answer> not up <answer>up"])])
 def test_parsers_survive_hostile_text(parse, valid):
     texts, taken = LONG + [text.replace(old, new, 1) for text in valid for new in ["", *HOSTILE]
@@ -1461,10 +1358,8 @@ def test_parsers_survive_hostile_text(parse, valid):
             assert parse != parse_action and str(error).encode()
             continue
         taken += read is not None
-        if parse == parse_skill:
-            "".join(dataclasses.astuple(read)).encode()
-        elif parse == parse_level:
+        if parse == parse_level:
             assert parse_level(to_xsb(read)) == read == room_in(SokobanEnv(read).reset())
-        else:
-            assert read is None or MOVES[read] in text.lower()
+        assert parse != parse_skill or "".join(dataclasses.astuple(read)).encode()
+        assert parse != parse_action or read is None or MOVES[read] in text.lower()
     assert 10 < taken < len(texts)
