@@ -591,8 +591,8 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     p, q, old = (x.detach().double() for x in (logp_student, logp_teacher, logp_old))
     # Eq. 11: l = log pi_student - log pi_teacher
     log_ratio = torch.where(mask, p - q, 0.0)                            # (B, T)
-    # Eq. 12: rho = pi_student / stopgrad(pi_old)
-    rho = torch.where(mask, p - old, 0.0).exp()                          # (B, T)
+    # Eq. 12: rho = pi_student / stopgrad(pi_old), at most e^20: CHOICE
+    rho = torch.where(mask, p - old, 0.0).clamp(max=20).exp()            # (B, T)
     # Eq. 13: L_SDL = 1/N sum rho * (exp(-l) - 1 + l)
     k3 = torch.expm1(-log_ratio) + log_ratio
     # Autograd would get rho * l as a difference of numbers of size exp(-l): it is written down.
@@ -645,11 +645,11 @@ def update(student, optimizer, batch, cfg, teacher=None):
                 shown = zeros.masked_scatter(mask, torch.cat([
                     t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
                 sdl = sdl_loss(logp, shown, old, mask)
-            logps = shown_all = None               # too large to be held during the next pass
+            logps = shown_all = None           # too large to be held during the next pass
             share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
             # Eq. 14: L = L_GRPO + lambda * L_SDL
             (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
-            ratio = (logp.detach() - old).exp()
+            ratio = (logp.detach() - old).clamp(max=20).exp()
             clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
             means = [masked_mean(x, mask) for x in (logp.detach() - shown, (ratio - 1).abs(),
                                                     clipped.float(), -old)]
