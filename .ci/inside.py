@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the teacher of a run of the demo knows more than its student, before and after training.
+"""What the teacher of a run of the demo knows that its student does not, before and after training.
 
     python .ci/inside.py RUN_FOLDER
 """
