@@ -960,9 +960,9 @@ def print_table(results):
     for name, values in rows.items():
         values = values.mean(2) if seeds > 1 else values[0].T            # (seeds or tasks, 5)
         half = quantile[min(len(values), 30) - 1] * values.std(0, ddof=1) / math.sqrt(len(values))
-        cells = [f"{mean:5.1f} ±{h:5.1f}" if h else f"{mean:5.1f}       "
+        cells = [f"{mean:5.1f} ±{h:5.1f}" if h > 1e-9 else f"{mean:5.1f}       "
                  for mean, h in zip(values.mean(0), half)]
-        print(f"{name:<28}{'    '.join(cells)}")
+        print(f"{name:<28}{'    '.join(cells)}".rstrip())
     print(f"\nheld-out sampled acc, 0 to 100 %, after iterations {x.astype(int).tolist()}")
     for name, runs in curves.items():
         print(f"{name:<28}" + "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * y))] for y in np.mean(runs, 0)))
