@@ -193,14 +193,15 @@ def read_levels(path):
     data, levels = Path(path).read_bytes(), []
     wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = data.decode("utf-16" if wide else "utf-8-sig", "replace")
-    lines, start = [*re.split(r"\r\n?|\n", text.expandtabs()), ""], 0
+    lines, start, number = [*re.split(r"\r\n?|\n", text.expandtabs()), ""], 0, 0
     for i, line in enumerate(lines):
         if not re.match(r"[ _-]*#", line):
             if i - start > 2:                  # fewer make no room: a heading, say
+                number += 1
                 try:
                     levels.append(parse_level("\n" * start + "\n".join(lines[start:i])))
                 except ValueError as error:
-                    told = f"{path}, level {len(levels) + 1}: {error}"
+                    told = f"{path}, level {number}: {error}"
                     if "at most 26 columns" not in told:
                         raise ValueError(told) from None
                     print(f"left out: {told}")

@@ -80,7 +80,9 @@ def test_sdl_by_enumeration_is_reverse_kl(at_theta_old):
     wrong = k3 if at_theta_old else (p - o).exp().detach() * k3
     shipped = sum(o[y].exp() * sdl_loss(*(x[y].view(1, 1) for x in (p, q, o)), torch.ones(1, 1))
                   for y in range(7))
-    for loss, kl in ((shipped, p.exp() * (p - q)), (wrong, q.exp() * (q - p))):
+    exact = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none")     # of `update`
+    for loss, kl in ((shipped, p.exp() * (p - q)), (exact, p.exp() * (p - q)),
+                     (wrong, q.exp() * (q - p))):
         a, b = (torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (loss, kl))
         assert torch.allclose(a, b, atol=1e-12)
 
