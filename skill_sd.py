@@ -946,7 +946,7 @@ def print_table(results):
     rows, curves = {}, {}
     for method, _, result in results:
         sampled, greedy, (x, y) = result["sampled"], result["greedy"], np.transpose(result["curve"])
-        area = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1] if x[-1] else y[0]
+        area = np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
         rows.setdefault(method, []).append([np.equal(sampled, 1), sampled, np.equal(greedy, 1),
                                             greedy, np.full(len(greedy), area)])
         curves.setdefault(method, []).append(y)
