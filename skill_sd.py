@@ -965,7 +965,7 @@ def print_table(results):
         print(f"{name:<28}{'    '.join(cells)}".rstrip())
     print(f"\nheld-out sampled acc, 0 to 100 %, after iterations {x.astype(int).tolist()}")
     for name, runs in curves.items():
-        print(f"{name:<28}" + "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * y))] for y in np.mean(runs, 0)))
+        print(f"{name:<28}" + "".join(chr(0x2581 + min(7, int(8 * y))) for y in np.mean(runs, 0)))
 
 
 @torch.no_grad()

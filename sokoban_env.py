@@ -190,9 +190,8 @@ def parse_level(xsb_text):
 def read_levels(path):
     """The levels of a text file: runs of lines that begin with floor and a wall, whatever stands
     around them. ValueError with the number of the level and the file's own line."""
-    data, levels = Path(path).read_bytes(), []
-    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    text = data.decode("utf-16" if wide else "utf-8-sig", "replace")
+    raw, levels = Path(path).read_bytes(), []
+    text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
     lines, start, number = [*re.split(r"\r\n?|\n", text.expandtabs()), ""], 0, 0
     for i, line in enumerate(lines):
         if not re.match(r"[ _-]*#", line):
@@ -439,8 +438,8 @@ def parse_action(text):
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
     if not tagged and "<answer>" in text:
-        tagged = [text.strip().removesuffix("<answer>").rpartition("<answer>")[2].strip()]
-        tagged = [tagged[0].partition("\n")[0]]
+        unclosed = text.strip().removesuffix("<answer>").rpartition("<answer>")[2]
+        tagged = [unclosed.strip().partition("\n")[0]]
     said = tagged[-1] if tagged else text
     words = re.findall(r"(?<![a-z])(up|down|left|right)(?![a-z])", said)
     filler = ("up|down|left|right|then|and|push|move|go|first|next|step|the|box|to|it|once|twice|"
@@ -611,8 +610,8 @@ def demonstrate(level, table, rng, timid, turns, noted, other):
     notes = None
     if rng.random() < noted:
         earlier = play_as(level, table, rng, timid * rng.random(), turns)
-        own, empty = write_notes(level, *earlier[:2]), dict.fromkeys(other, "")
-        notes = rng.choices([own, other, empty], WARM["own_other_empty"])[0]
+        own = write_notes(level, *earlier[:2])
+        notes = rng.choices([own, other, SILENT], WARM["own_other_empty"])[0]
     return (level, *play_as(level, table, rng, timid, turns, notes), notes)
 
 
@@ -623,7 +622,7 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
     def empty(room):
         return canonical(replace(room, boxes=0, player=-1))
     rng, games, taken, misses = random.Random(seed), [], {empty(level) for level in exclude}, 0
-    other = dict(success_analysis="", mistake_analysis="", golden_workflow="")
+    other = SILENT
     while len(games) < n:
         room = random_room(rng, size, boxes)
         misses += 1
@@ -645,6 +644,7 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
 
 # ------------------------------------------------- the player of the demo: a tiny language model
 
+SILENT = dict(success_analysis="", mistake_analysis="", golden_workflow="")
 PLAYER_VERSION = 3               # to be raised with every change that a warm start depends on
 # Chosen on validation levels: games per step, peak learning rate, share of games with notes, and of
 # these how many of his own level, of another, or empty.
@@ -762,7 +762,7 @@ def warm_start(folder, cfg, skill_text, exclude):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     for name, noted in (("without notes", 0.0), ("with notes", 1.0)) if exclude else ():
-        games, other = [], dict(success_analysis="", mistake_analysis="", golden_workflow="")
+        games, other = [], SILENT
         for level in exclude[:512]:
             games.append(demonstrate(level, distances(level), rng, cfg.timid, cfg.max_turns, noted,
                                      other))
