@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -46,6 +47,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -63,6 +65,7 @@ class Config:
     preset: str = "tiny"             # a row of PRESETS; small if a chat model is named
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
+    jobs: int = 1                    # runs at a time, each in a process of its own
     out: str = "runs"                # folder for runs and warm starts
     device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: cuda if there is one
     save_every: int = 10             # iterations between checkpoints
@@ -81,6 +84,7 @@ class Config:
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: Literal["student", "teacher"] = "student"  # who samples; the teacher with its skill
     skill_shown: Literal["own", "other", "empty"] = "own"  # controls: another task's, or no words
+    borrow: Literal["no", "nearest", "random"] = "no"      # whose skills while a task has none
     clip_low: float = 0.2            # eps_l; 0.2 and 0.28 are reported second-hand     CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
     lr: float = 1e-3                 # of Adam; 1e-6 is usual for billions of weights   CHOICE
@@ -101,7 +105,7 @@ class Config:
     max_turns: int = 12              # answers per episode, here moves; the paper allows 40
     timid: float = 0.65              # share of timid moves in the play that `tiny` is a clone of
     train_levels: int = 256          # training levels; the paper has 96
-    test_levels: int = 512           # held-out levels; the paper uses 64
+    test_levels: int = 2048          # held-out levels; the paper uses 64
     curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
     # -- the model
     model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
@@ -458,7 +462,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                     for part in tqdm(parts, "rollout", leave=False, disable=None)], [])
     model.eval()
     chat, decoder = Chat(tokenizer, cfg.prefill, cfg.max_skill_tokens), Decoder(model, cfg)
-    render = cache(chat.prompt)                # rollouts of one task share their prompts
+    render, follow = cache(chat.prompt), cache(chat.next_turn)           # many are equal
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
     limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # + "\n\n"
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
@@ -486,7 +490,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             assert isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], str), (
                 f"{type(env).__name__}.step returned {step!r:.99}; expected are a str and a bool")
             observation, done = step
-            following = [] if done else chat.next_turn(observation, ids[-1])
+            following = [] if done else follow(observation, ids[-1])
             t.ids += ids
             t.mask += [True] * len(ids)
             t.logps += logps
@@ -684,6 +688,27 @@ def shown_skill(bank, task_id, entry, cfg, k):
     return entry and (Skill("", "", "") if cfg.skill_shown == "empty" else entry["skill"])
 
 
+@torch.no_grad()
+def borrow(bank, tasks, prompt, student, cfg, k):
+    """DEVIATION, towards a limit that the paper names. {task: entry} for the tasks without skills:
+    the UCB pick of the nearest task that has some, by the cosine of the student's mean hidden
+    states over the plain prompts (ids: `prompt(task)`), less their mean over the bank."""
+    poor, lenders = [task for task in tasks if task not in bank.entries], [*bank.entries]
+    if cfg.borrow == "no" or not poor or not lenders:
+        return {}
+    chosen = random.Random(derived_seed(cfg.seed, "borrow", k)).choices(lenders, k=len(poor))
+    if cfg.borrow == "nearest":
+        rows = [torch.tensor(prompt(task)) for task in lenders + poor]
+        ids, real = (pad_sequence(x, batch_first=True).to(student.device)
+                     for x in (rows, [*map(torch.ones_like, rows)]))                     # (B, L)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+            hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        x = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)                # (B, H)
+        x = F.normalize(x - x[:len(lenders)].mean(0), dim=1)
+        chosen = [lenders[i] for i in (x[len(lenders):] @ x[:len(lenders)].T).argmax(1)]
+    return {task: bank.select(lender) for task, lender in zip(poor, chosen)}
+
+
 EVALS = 0, 1 / 20, 1 / 10, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6        # shares of a run
 METHODS = {
     "base": dict(iterations=0),                                    # untrained
@@ -696,6 +721,10 @@ METHODS = {
     "off_policy": dict(actor="teacher"),
     "exact": dict(kl="exact"),                                     # DEVIATION: the exact KL
     "falling": dict(lam_until=0.5),                                # DEVIATION: lambda falls to 0
+    "borrowed": dict(borrow="nearest"),                            # DEVIATION: see `borrow`
+    "borrowed_random": dict(borrow="random"),                      # its control
+    "borrowed_falling": dict(borrow="nearest", lam=0.3, lam_until=0.5),    # tuned in scarce
+    "empty_borrowed_falling": dict(borrow="nearest", lam=0.3, lam_until=0.5, skill_shown="empty"),
     "other_skill": dict(skill_shown="other"),                      # controls: does content matter?
     "empty_skill": dict(skill_shown="empty"),
 }
@@ -725,6 +754,13 @@ def train(cfg):
         bank.load_state_dict(state["banks"][RANK])
         log = state["log"]
 
+    @cache
+    def prompt(task):                          # x as ids
+        env = world.make_env(task)
+        ids = Chat(tokenizer, cfg.prefill).prompt(env.system_prompt, env.reset())
+        env.close()
+        return ids
+
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
         done = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0      # 1: lambda is 0
         now, heldout = replace(cfg, lam=cfg.lam * max(0.0, 1 - done)), {}
@@ -743,7 +779,9 @@ def train(cfg):
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
         decided = [len(held) > 1 and all(e["picks"] for e in held)           # by UCB
                    for held in map(bank.entries.get, tasks) if held]
-        skills = {task: shown_skill(bank, task, picks[task], cfg, k) for task in tasks}
+        lent = borrow(bank, tasks, prompt, student, cfg, k)    # neither counted nor credited
+        skills = {task: shown_skill(bank, task, lent.get(task, picks[task]), cfg, k)
+                  for task in tasks}
         rows = [task for task in tasks for _ in range(cfg.group_size)]
         episodes = rollout(teacher if cfg.actor == "teacher" else student, tokenizer,
                            [world.make_env(task) for task in rows], cfg,
@@ -789,6 +827,7 @@ def train(cfg):
         log.append(log_line(
             batch, times, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
             skill_share=[pick is not None for pick in picks.values()], ucb_decided=decided,
+            borrowed=[task in lent for task in tasks],
             bank_skills=[sum(map(len, bank.entries.values()))],
             skills_failed=[len(chosen) - len(written)], lam=[now.lam],
             **{f"heldout_{how}": [x == 1 for x in rewards] for how, rewards in heldout.items()},
@@ -828,7 +867,7 @@ def gather(item):
 def run_folder(cfg):
     """Named by method, model, seed and a hash of all settings that the result depends on."""
     settings = {name: value for name, value in asdict(cfg).items()
-                if name not in ("preset", "seeds", "out", "device", "save_every")}
+                if name not in ("preset", "seeds", "jobs", "out", "device", "save_every")}
     key = hashlib.sha256(json.dumps([settings, RANKS]).encode()).hexdigest()[:6]
     return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key}"
 
@@ -940,15 +979,21 @@ def evaluate(model, tokenizer, world, cfg, k):
     return {how: np.nan_to_num(rewards).tolist() for how, rewards in result.items()}
 
 
+def area(curve):
+    """The mean of y over x, by trapezoids, of a curve [(x, y)]; nan if only its end is known."""
+    x, y = np.transpose(curve)
+    return np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
+
+
 def print_table(results):
     """results: [(method, seed, evaluated)]. 95 % intervals over tasks for one seed, else over seeds
     (Student's t). comp: mean completion; area: the sampled acc's mean over the run's episodes."""
     rows, curves = {}, {}
     for method, _, result in results:
         sampled, greedy, (x, y) = result["sampled"], result["greedy"], np.transpose(result["curve"])
-        area = np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
-        rows.setdefault(method, []).append([np.equal(sampled, 1), sampled, np.equal(greedy, 1),
-                                            greedy, np.full(len(greedy), area)])
+        rows.setdefault(method, []).append([
+            np.equal(sampled, 1), sampled, np.equal(greedy, 1), greedy,
+            np.full(len(greedy), area(result["curve"]))])
         curves.setdefault(method, []).append(y)
     rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 5, tasks)
     ours = "skill_sd" if "skill_sd" in rows else results[-1][0]
@@ -1034,19 +1079,39 @@ def parse_args(argv=None):
     return vars(parser.parse_args(argv))
 
 
+def train_quietly(cfg):
+    with suppress(Exception, KeyboardInterrupt):               # `run` meets it again, and tells
+        train(cfg)
+
+
+def run(plans):
+    """[(method, seed, evaluated)] of the Configs, `jobs` at a time, each in its own process."""
+    def in_process(cfg):
+        process = get_context("spawn").Process(target=train_quietly, args=[cfg])
+        process.start()
+        process.join()
+    jobs = plans[0].jobs
+    if jobs > 1:
+        assert RANKS == 1, f"jobs={jobs}: must be 1 under torchrun"
+        os.environ |= dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)), TQDM_DISABLE="1")
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(in_process, plans))
+    return [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]
+
+
 def main():
     typed = parse_args()
     method, seed = typed.get("method", "skill_sd"), typed.get("seed", 0)
     methods = METHODS if method == "all" else dict.fromkeys(["base", *method.split(",")])
     try:
-        plans = [configure(typed, name, s)                     # all checked before anything runs
-                 for s in range(seed, seed + max(1, typed.get("seeds", 1))) for name in methods]
+        seeds = range(seed, seed + max(1, typed.get("seeds", 1)))
+        plans = [configure(typed, name, s) for name in methods for s in seeds]   # all checked first
         if RANKS > 1:
             gpu = plans[0].device != "cpu" and torch.cuda.is_available()
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        results = [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]
+        results = run(plans)
         if RANK == 0:
             print_table(results)
             demo = [cfg.method for cfg in plans] == ["base", "skill_sd"] and plans[1].iterations

@@ -2,8 +2,8 @@
 """Sokoban for language-model agents: rules, levels, solver, text, the analyst, a small player.
 
 The world needs the standard library only; torch and transformers are imported where the player, a
-tiny language model, is made. Everything an agent meets is text: a room with one glyph per cell, the
-same as lists of cell names, one move per answer. Levels are read and written as XSB text:
+tiny language model, is made. An agent reads the room with one glyph per cell, then in sentences,
+and answers with one move. Levels are read and written as XSB text:
 
     #  wall     _ or - or space  floor     .  goal
     $  box      *  box on a goal           @  player     +  player on a goal
@@ -24,6 +24,7 @@ import re
 import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,10 +240,8 @@ def canonical(level):
 # ------------------------------------------------------------------------------------- solver
 
 def live_squares(level):
-    """Bit mask of the cells from which a lone box can still be pushed to some goal.
-
-    Found by pulling a box backwards from every goal; a box anywhere else can never reach one.
-    """
+    """Bit mask of the cells from which a lone box can be pushed to some goal, found by pulling one
+    backwards from every goal."""
     live, todo = level.goals, cells_of(level.goals)
     while todo:
         box = todo.pop()
@@ -287,11 +286,8 @@ def solve(level, state_limit=2_000_000):
 
 
 def distances(level, max_moves=None, state_limit=2_000_000):
-    """{(player, boxes): fewest moves to the goal} for every solvable state of this room.
-
-    One backward breadth-first search (moves undone, pushes pulled) from all solved states; stops
-    at `max_moves`. The level's own player and boxes do not matter.
-    """
+    """{(player, boxes): fewest moves to the goal}, up to `max_moves`, for every solvable state of
+    this room, whatever the level's own: a search backwards (pushes pulled) from the solved ones."""
     walls, found = level.walls, {}
     frontier = [(cell, level.goals) for cell in range(level.width * level.height)
                 if not (walls | level.goals) >> cell & 1]
@@ -413,7 +409,8 @@ Think briefly if you need to, and end your answer with the move in tags. Two exa
 # # # # #
 # @ $ . #
 # # # # #
-Walls: none. Goals: d2. Boxes: c2. Player: b2.
+You are at b2 (walls: up down left). The box c2 is 0 up, 1 right of you (blocked: up down). \
+To the goal d2 push 0 up, 1 right.
 <answer>right</answer>
 
 # # # # #
@@ -421,12 +418,14 @@ Walls: none. Goals: d2. Boxes: c2. Player: b2.
 # _ $ _ #
 # _ . _ #
 # # # # #
-Walls: none. Goals: c4. Boxes: c3. Player: c2.
+You are at c2 (walls: up). The box c3 is 1 down, 0 left of you (blocked: none). \
+To the goal c4 push 1 down, 0 left.
 <answer>down</answer>"""
 NO_MOVE = "No move was read. End your answer with <answer>up</answer>, or down, left, right."
 BLOCKED = "That way is blocked."
 
 
+@lru_cache(1000)
 def parse_action(text):
     """Index into MOVES, read tolerantly from a model's text; None when there is no move in it.
 
@@ -448,6 +447,11 @@ def parse_action(text):
     return MOVES.index(words[0 if several else -1]) if words else None
 
 
+@lru_cache(2**16)                            # rollouts of one task meet the same states
+def shown(room):
+    return f"{render(room)}\n{describe(room, room.player, room.boxes)}"
+
+
 class SokobanEnv:
     """One level as a conversation: `reset`, then `step` with the model's text until done."""
     system_prompt = SYSTEM_PROMPT
@@ -462,8 +466,7 @@ class SokobanEnv:
         return self.observation()
 
     def observation(self, note=""):
-        room = self.state
-        return f"{note}\n{render(room)}\n{describe(room, room.player, room.boxes)}".strip()
+        return f"{note}\n{shown(self.state)}".strip()
 
     def step(self, response):
         """One turn: the model's text in, (observation, done) out. An unreadable text costs one."""
@@ -516,12 +519,9 @@ def room_in(observation):
 
 
 def analyse(messages):
-    """The rule-based analyst: the three fields of a skill, written from ONE finished conversation.
-
-    It stands in for the summarizing language model where the agent is too small to write. It reads
-    what such a model would read - the messages, [{"role", "content"}, ...], which end with the last
-    observation - and knows the rules of the game, but never calls the solver.
-    """
+    """The rule-based analyst, where the agent is too small to write: the three fields of a skill.
+    It reads ONE finished conversation, [{"role", "content"}, ...], which ends with an observation,
+    and knows the rules, but never calls the solver."""
     rooms = [room_in(m["content"]) for m in messages if m["role"] == "user"]
     moves = [parse_action(m["content"]) for m in messages if m["role"] == "assistant"]
     return write_notes(rooms[0], [(room.player, room.boxes) for room in rooms], moves)

@@ -565,8 +565,10 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     frozen, off_policy, writes = "frozen" in method, "off_policy" in method, method != "grpo"
     taught = method not in ("grpo", "skill_grpo")
     cfg = smallest(tmp_path.parent, method=method, **dict(sync_every=2) | skill_sd.METHODS[method])
-    assert (cfg.reward_weight, cfg.lam) == ((0, 1) if method == "opd" else (1, 0.1 * taught))
-    assert cfg.skill_shown == dict(other_skill="other", empty_skill="empty").get(method, "own")
+    falls, borrows = "falling" in method, "borrowed" in method
+    assert (cfg.reward_weight, cfg.lam) == (
+        (0, 1) if method == "opd" else (1, (0.3 if falls and borrows else 0.1) * taught))
+    assert cfg.skill_shown == (method.split("_")[0] if method[:5] in ("other", "empty") else "own")
     real, due, written, seeds = skill_sd.rollout, [], [], set()
     def lossy(model, tokenizer, envs, *args, **keywords):
         seeds.update(generator.initial_seed() for generator in args[2:])   # not of the held-out
@@ -578,17 +580,21 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     calls = recorded(monkeypatch, skill_sd, "rollout", "sample_answers", "shown_skill", "update",
                      "sync_teacher", "score_as_teacher", "summarize")
     calls |= recorded(monkeypatch, SkillBank, "select", "wants", "credit", "add")
+    calls |= recorded(monkeypatch, skill_sd, "borrow")
     result, folder = skill_sd.train(cfg), skill_sd.run_folder(cfg)
     read = [chunks for (_, chunks, *_), _ in calls["sample_answers"]]
+    selected = iter([(task, entry) for (_, task), entry in calls["select"]])
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
         (student, _, batch, now, teacher), _ = calls["update"][k]
-        assert now.lam == cfg.lam * ((1, 0.5, 0, 0)[k] if method == "falling" else 1)
+        assert now.lam == cfg.lam * ((1, 0.5, 0, 0)[k] if falls else 1)
         assert (actor is student) != off_policy
         assert [id(t) for t in batch] == [id(out[i]) for i in (0, 2, 3, 4, 5, 6, 7)]
         assert [t.adv for t in out] == group_advantages(rewards, 4).tolist()
-        picks = [(task, entry) for (_, task), entry in calls["select"][3 * k:3 * k + 3]]
-        shown = calls["shown_skill"][3 * k:3 * k + 3]
-        assert [(task, entry) for (_, task, entry, *_), _ in shown] == picks
+        shown, lent = calls["shown_skill"][3 * k:3 * k + 3], calls["borrow"][k][1]
+        picks, _ = ([next(selected) for _ in range(n)] for n in (3, len(lent)))
+        assert [*lent] == [task for task, entry in picks if not entry and borrows and k > 0]
+        borrowed = [(task, lent.get(task, entry)) for task, entry in picks]
+        assert [(task, entry) for (_, task, entry, *_), _ in shown] == borrowed
         assert [(t.task_id, t.skill) for t in out] == [
             (args[1], skill) for args, skill in shown for _ in range(4)]
         reads_skill = off_policy or method == "skill_grpo"
@@ -604,12 +610,13 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
     assert [b is student != a for (a, b), _ in calls["sync_teacher"]] == [True] * 2 * (not frozen)
     assert [(args[0] is student, args[3]) for args, _ in calls["score_as_teacher"]] == [
-        (False, not frozen), (False, False)] * dict(exact=0, falling=1).get(method, 2 * taught)
+        (False, not frozen), (False, False)] * (1 if falls else 0 if method == "exact" else
+                                                2 * taught)
     assert [(args[5], {t.skill for t in out}) for args, out in calls["rollout"][4:]] == [
         (False, {None}), (True, {None})]       # the held-out tasks, sampled and greedy
     assert result["sampled"][:2] == result["greedy"][:2] == [0.1, 0.0]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    distils = [k > 0 and taught and not (k > 1 and method == "falling") for k in range(4)]
+    distils = [k > 0 and taught and not (k > 1 and falls) for k in range(4)]
     assert [(x["lost"], x["skill_share"] > 0, x["sdl_loss"] > 0) for x in lines] == [
         (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
     assert all(math.isfinite(x) for line in lines for x in line.values())
@@ -655,6 +662,32 @@ def test_controls_show_another_skill_or_an_empty_one():
         bank.add("b", SKILLS[1])               # at first, no other task has one
 
 
+def test_skills_are_borrowed_of_the_nearest_task(tiny):
+    """Against one prompt at a time; a prompt's padding, and its own length, change nothing."""
+    levels = generate_levels(4, seed=1, boxes=1) + generate_levels(6, seed=1, boxes=2)
+    prompts = [Chat(tiny[1]).prompt("", SokobanEnv(level).reset()) for level in levels]
+    bank, lenders, poor = SkillBank(c=1.0), [0, 2, 4, 5, 6], [1, 3, 7, 8, 9]
+    for i in lenders:
+        bank.add(i, SKILLS[0])
+        bank.credit(bank.select(i), 0.0)
+        bank.add(i, Skill(f"of {i}", "", ""))
+    held = copy.deepcopy(bank.state_dict())
+    with torch.no_grad():
+        x = torch.stack([tiny[0].model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+                         for ids in prompts])
+    x = x - x[lenders].mean(0)
+    nearest = {i: lenders[torch.cosine_similarity(x[lenders], x[i], dim=-1).argmax()] for i in poor}
+    def borrow(bank, how, k=0):
+        cfg = Config(borrow=how)
+        lent = skill_sd.borrow(bank, [0, *poor], prompts.__getitem__, tiny[0], cfg, k)
+        return {i: entry["skill"].success_analysis for i, entry in lent.items()}
+    assert borrow(bank, "nearest") == {i: f"of {lender}" for i, lender in nearest.items()}
+    assert len({*nearest.values()}) > 2 and bank.state_dict() == held
+    assert {x for k in range(9) for x in borrow(bank, "random", k).values()} == {
+        f"of {i}" for i in lenders}
+    assert borrow(bank, "no") == borrow(SkillBank(c=1.0), "nearest") == {}
+
+
 # ---- Processes: killed, and more than one --------------------------------------------------------
 SMALL = ("--device cpu --iterations 6 --tasks-per-iteration 3 --train-levels 3 --test-levels 8 "
          "--lr 0.01 --group-size 4 --max-turns 5 --min-moves 1 --max-moves 3 --warm-demos 64 "
@@ -668,8 +701,11 @@ def main(*words):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """Killed five times, with a file half written, and started again: the same bit for bit."""
-    main(*SMALL, str(tmp_path / "a"))
+    """Killed five times, with a file half written, and started again: the same bit for bit as one
+    whose runs had a process each."""
+    said = subprocess.run([sys.executable, HERE / "skill_sd.py", *SMALL, tmp_path / "a", "--jobs",
+                           str(os.cpu_count())], check=True, capture_output=True, text=True).stdout
+    assert said.count("finished before") == 2 and "skill_sd - base" in said
     for owner, name, nth in ((os, "replace", 1), (Path, "write_text", 3), (torch, "save", 2),
                              (os, "replace", 4), (skill_sd, "update", 2)):
         calls, real = [], getattr(owner, name)
@@ -930,7 +966,7 @@ def test_main_prints_a_table(seeds, base, opd, paired, monkeypatch, capsys):
                           ("opd", ["base", "opd"])):
         asked = []
         main("--method", method, "--seeds", str(seeds))
-        assert asked == [(name, seed) for seed in range(seeds) for name in names]
+        assert asked == [(name, seed) for name in names for seed in range(seeds)]
         out = capsys.readouterr().out
     rows = re.findall(r"^(\S+|\S+ - \S+)  +(\d.*)$", out, re.MULTILINE)
     rows = {name: re.findall(r"[\d.]+", row) for name, row in rows}

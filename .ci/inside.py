@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What the teacher of a run of the demo knows that its student does not, before and after training.
+"""What the teacher of the demo knows that its student does not, over a run that is trained anew.
 
-    python .ci/inside.py RUN_FOLDER
-"""
-import json
+    python .ci/inside.py [--preset scarce] [settings of skill_sd.py]
+
+For four kinds of skill, at the states that the student visits under the plain prompt: how often the
+student solves a level when it reads the skill itself; the share of states with a signal,
+KL(student || teacher) above 0.05; the lead, the teacher's chance of a best move less the student's,
+in percentage points, where the notes fit the state and where they do not; and SDL's gradient: its
+norm times lambda over that of GRPO's, and the cosine of the two."""
 import re
 import sys
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,84 +21,95 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import skill_sd
 import sokoban_env
-from skill_sd import Skill, response_logps, rollout
+from skill_sd import Skill, SkillBank, response_logps
 
 
-@torch.no_grad()
-def move_probs(model, tokenizer, t, prompt):
-    """The probabilities of the four moves at every turn of a trajectory, (turns, 4)."""
-    before = torch.tensor([False] * (len(prompt) - 1) + t.mask)  # the logits before each answer
-    logits = model(torch.tensor([prompt + t.ids], device=model.device)).logits[0, :-1].cpu()
-    return logits[before].softmax(-1)[:, tokenizer.convert_tokens_to_ids([*sokoban_env.MOVES])]
+def looked_at(t):
+    """[(best moves, level, boxes)] at every turn of a trajectory."""
+    rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]][:t.turns]
+    table = sokoban_env.distances(rooms[0])
+    return [(sokoban_env.best_moves(rooms[0], room.player, room.boxes, table), rooms[0], room.boxes)
+            for room in rooms]
 
 
-def inside(model, tokenizer, world, cfg, n=128):
-    """Print how a model plays with skills and, at the states that it visits under the plain prompt,
-    what it would do with the skill from its own best attempt: split by where the state lies."""
-    tasks = [task for task in world.train[::max(1, len(world.train) // n)] for _ in range(8)]
+def skills_of(best, bank, model, prompt, cfg, k):
+    """{kind: [Skill of each task]}: its own, the nearest task's, any other's, an empty one."""
+    nearest, cfg = [], replace(cfg, borrow="nearest")
+    for t in best:
+        others = SkillBank(1.0)
+        others.entries = {task: held for task, held in bank.entries.items() if task != t.task_id}
+        lent = skill_sd.borrow(others, [t.task_id], prompt, model, cfg, k)
+        nearest.append(lent[t.task_id]["skill"])
+    own = [bank.entries[t.task_id][0]["skill"] for t in best]
+    return {"own": own, "nearest": nearest, "another's": own[1:] + own[:1],
+            "empty": [Skill("", "", "")] * len(own)}
 
-    def play(name, skills=None):
-        generator = torch.Generator(model.device).manual_seed(
-            sokoban_env.derived_seed("inside", skills is not None))
-        played = rollout(model, tokenizer, [world.make_env(task) for task in tasks],
-                         replace(cfg, skill_reader="student", lam=0.0), skills, generator)
-        print(f"solved {name}: {100 * np.mean([t.reward == 1 for t in played]):.1f} %")
-        return played
 
-    first = play("under the plain prompt")
-    groups = [first[i:i + 8] for i in range(0, len(first), 8)]
-    best = [max(group, key=lambda t: (t.reward, -t.turns)) for group in groups]
-    own = [Skill(**sokoban_env.analyse(t.messages)) for t in best for _ in range(8)]
-    for t, shown in zip(first, play("with its own skill", own)):
-        t.skill_prompt = shown.skill_prompt
-    play("with another task's", own[8:] + own[:8])
-    play("with an empty skill", [Skill("", "", "")] * len(own))
+def look(model, tokenizer, world, cfg, k, n=64, group=8):
+    """Stands in for `evaluate`: prints a line for each kind of skill after k iterations."""
+    tasks = [task for task in world.train[::max(1, len(world.train) // n)] for _ in range(group)]
+    reader, moves = replace(cfg, skill_reader="student", actor="student", lam=0.0), [
+        *tokenizer.convert_tokens_to_ids([*sokoban_env.MOVES])]
 
-    part, weights = first[:256], list(model.parameters())
-    adv = skill_sd.group_advantages([t.reward for t in part], 8).to(model.device)
-    (logp, mask, _), (teacher, *_) = (response_logps(model, part, cfg, shown) for shown in (0, 1))
-    old, teacher = logp.detach(), teacher.detach()
-    pg, sdl = (torch.cat([g.flatten() for g in torch.autograd.grad(
-        loss, weights, retain_graph=True)]) for loss in (
-            skill_sd.grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high),
-            skill_sd.sdl_loss(logp, teacher, old, mask)))
-    print(f"gradients: norm of GRPO's {pg.norm():.3f}, of SDL's {sdl.norm():.3f}, "
-          f"cosine {torch.cosine_similarity(pg, sdl, dim=0):.3f}")
+    @cache
+    def prompt(task):
+        return skill_sd.Chat(tokenizer).prompt("", world.make_env(task).reset())
 
-    found = {}                                 # (skill from a success, where): probabilities
-    for group, note in zip(groups, best):
-        level = sokoban_env.room_in(note.messages[0]["content"])
-        table = sokoban_env.distances(level)
-        told = set(re.findall(r"push (\w+)", sokoban_env.analyse(note.messages)["golden_workflow"]))
-        for t in group:
-            rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]]
-            for room, p, q in zip(rooms, move_probs(model, tokenizer, t, t.prompt),
-                                  move_probs(model, tokenizer, t, t.skill_prompt)):
-                good = sokoban_env.best_moves(level, room.player, room.boxes, table)
-                where = "lost" if not good else (
-                    "notes fit" if sokoban_env.fits(level, room.boxes, told) else "they do not")
-                found.setdefault((note.reward == 1, where), []).append(
-                    (p[good].sum(), q[good].sum(), (p * (p / q).log()).sum()))
-    kl = torch.tensor([row[2] for rows in found.values() for row in rows])
-    share = 100 * (kl > 0.05).float().mean()
-    print(f"states with a signal, KL(student || teacher) above 0.05: {share:.0f} %")
-    print("skill from   state          share   on best moves: student teacher   KL")
-    for (solved, where), rows in sorted(found.items(), reverse=True):
-        p, q, mean = torch.tensor(rows).mean(0)
-        print(f"{'a success' if solved else 'a failure':<13}{where:<13}{len(rows) / len(kl):7.3f}"
-              f"{p:24.3f}{q:8.3f}{mean:7.3f}")
+    def play(skills=None):
+        generator = torch.Generator(model.device).manual_seed(k)
+        return skill_sd.rollout(model, tokenizer, [world.make_env(task) for task in tasks], reader,
+                                skills, generator)
+    first, bank = play(), SkillBank(1.0)
+    groups = [first[i:i + group] for i in range(0, len(first), group)]
+    best = [max(each, key=lambda t: (t.reward, -t.turns)) for each in groups]
+    for t in best:
+        bank.add(t.task_id, Skill(**sokoban_env.analyse(t.messages)), t.reward)
+    states = [state for t in first for state in looked_at(t)]
+    adv = skill_sd.group_advantages([t.reward for t in first], group).to(model.device)
+    weights, solved = list(model.parameters()), [t.reward == 1 for t in first]
+
+    def gradient(loss):
+        grads = torch.autograd.grad(loss, weights, retain_graph=True)
+        return torch.cat([g.flatten() for g in grads])
+    print(f"after {k} iterations: solves {100 * np.mean(solved):.1f} % without a skill; skills "
+          f"from a success: {100 * np.mean([t.reward == 1 for t in best]):.0f} %")
+    with torch.enable_grad():
+        logp, mask, logps = response_logps(model, first, cfg)
+        old, p = logp.detach(), logps[:, moves].detach().exp()
+        pg = gradient(skill_sd.grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high))
+        for kind, skills in skills_of(best, bank, model, prompt, cfg, k).items():
+            played = play([skill for skill in skills for _ in range(group)])
+            for t, shown in zip(first, played):
+                t.skill_prompt = shown.skill_prompt
+            with torch.no_grad():
+                teacher, _, shown = response_logps(model, first, cfg, with_skill=True)
+            sdl, q = gradient(skill_sd.sdl_loss(logp, teacher, old, mask)), shown[:, moves].exp()
+            kl = (p * (p / q).log()).sum(1)
+            told = [set(re.findall(r"push (\w+)", skill.golden_workflow)) for skill in skills]
+            told = np.repeat(np.repeat(told, group), [t.turns for t in first])
+            lead = {True: [], False: []}
+            for (good, level, boxes), words, here, there in zip(states, told, p, q):
+                if good:                       # else the room is lost
+                    lead[bool(words) and sokoban_env.fits(level, boxes, words)].append(
+                        (there[good].sum() - here[good].sum()).item())
+            fit, other = (f"{100 * np.mean(x):6.1f}" if x else "     -" for x in lead.values())
+            print(f"  {kind:<10} solves {100 * np.mean([t.reward == 1 for t in played]):5.1f} %   "
+                  f"signal {100 * (kl > 0.05).float().mean():3.0f} %   lead {fit} at the "
+                  f"{100 * len(lead[True]) / len(states):3.0f} % that fit, {other} else   gradient "
+                  f"{cfg.lam * sdl.norm() / max(pg.norm(), 1e-9):7.3f}, "
+                  f"cosine {torch.cosine_similarity(pg, sdl, dim=0):6.3f}", flush=True)
+    return dict(sampled=solved, greedy=solved)
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    run = Path(sys.argv[1]).resolve()          # the warm start is kept beside it
-    settings = json.loads((run / "student" / "skill_sd.json").read_text())
-    cfg = skill_sd.Config(**settings | dict(out=str(run.parent), actor="student"))
-    world = sokoban_env.make_world(cfg)
-    for name, model in (("warm start", "tiny"), ("trained", str(run / "student"))):
-        print(f"\n{name}")
-        inside(*skill_sd.load_model(replace(cfg, model=model), world), world, cfg)
+    typed = skill_sd.parse_args()
+    cfg = skill_sd.configure(typed, typed.get("method", "skill_sd"), typed.get("seed", 0))
+    with tempfile.TemporaryDirectory() as folder:
+        warm = sokoban_env.player_folder(cfg, skill_sd.SKILL_TEXT)
+        if warm.exists():
+            (Path(folder) / warm.name).symlink_to(warm.resolve())
+        skill_sd.evaluate = look
+        skill_sd.train(replace(cfg, out=folder))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""When do skills help? skill_sd against grpo, from preset `scarce` one factor at a time.
+
+    python .ci/map.py [--seeds 3] [--jobs 2] [--out runs] [--split test]
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import skill_sd
+
+# What differs from `scarce`: 5 to 12 moves, 4 x 4 episodes an iteration, 160 iterations.
+POINTS = {
+    "scarce": {},
+    "a bolder base": dict(timid=0.72),
+    "a bolder base yet": dict(timid=0.58),
+    "the boldest base": dict(timid=0.45),
+    "128 episodes an iteration": dict(tasks_per_iteration=16, group_size=8, iterations=60),
+    "12 to 25 moves of 40, 8x8": dict(size=8, min_moves=12, max_moves=25, max_turns=40, timid=0.6),
+    "two boxes": dict(boxes=2, max_turns=24),
+}
+METHODS = "base", "grpo", "skill_sd"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name, value in (("seeds", 3), ("jobs", 2), ("out", "runs"), ("split", "test")):
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    args = vars(parser.parse_args())
+    seeds = range(args["seeds"])
+    plans = {point: [skill_sd.configure(args | dict(preset="scarce") | settings, method, seed)
+                     for method in METHODS for seed in seeds] for point, settings in POINTS.items()}
+    found = {point: skill_sd.run(each) for point, each in plans.items()}
+    quantile = {2: 12.71, 3: 4.30, 5: 2.78}.get(len(seeds), math.nan)
+    print(f"\n{len(seeds)} seed(s), percent of the held-out levels\n{'':28}base     grpo     "
+          "skill_sd   area: grpo   skill_sd   skill_sd - grpo")
+    for point, results in found.items():
+        ends = np.reshape([100 * np.equal(r["sampled"], 1).mean() for *_, r in results], (3, -1))
+        areas = np.reshape([100 * skill_sd.area(r["curve"]) for *_, r in results], (3, -1))
+        gain = areas[2] - areas[1]
+        half = quantile * gain.std(ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+        print(f"{point:<27}" + "".join(f"{end:5.1f}    " for end in ends.mean(1))
+              + "".join(f"{x:11.1f}" for x in (*areas[1:].mean(1), gain.mean())) + f" ±{half:5.1f}")
+
+
+if __name__ == "__main__":
+    main()
