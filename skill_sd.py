@@ -20,8 +20,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     python skill_sd.py                          the demo: warm start, train, table, a look inside
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
-The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we differ on purpose;
-comments give the paper's value. "Needs:" lists what to copy along.
+The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we differ on purpose.
 """
 import argparse
 import copy
@@ -32,11 +31,12 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -47,7 +47,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -699,7 +698,7 @@ def borrow(bank, tasks, prompt, student, cfg, k):
     chosen = random.Random(derived_seed(cfg.seed, "borrow", k)).choices(lenders, k=len(poor))
     if cfg.borrow == "nearest":
         rows = [torch.tensor(prompt(task)) for task in lenders + poor]
-        ids, real = (pad_sequence(x, batch_first=True).to(student.device)
+        ids, real = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True).to(student.device)
                      for x in (rows, [*map(torch.ones_like, rows)]))                     # (B, L)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
             hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -756,10 +755,8 @@ def train(cfg):
 
     @cache
     def prompt(task):                          # x as ids
-        env = world.make_env(task)
-        ids = Chat(tokenizer, cfg.prefill).prompt(env.system_prompt, env.reset())
-        env.close()
-        return ids
+        with closing(world.make_env(task)) as env:
+            return Chat(tokenizer, cfg.prefill).prompt(env.system_prompt, env.reset())
 
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
         done = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0      # 1: lambda is 0
@@ -777,8 +774,6 @@ def train(cfg):
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
-        decided = [len(held) > 1 and all(e["picks"] for e in held)           # by UCB
-                   for held in map(bank.entries.get, tasks) if held]
         lent = borrow(bank, tasks, prompt, student, cfg, k)    # neither counted nor credited
         skills = {task: shown_skill(bank, task, lent.get(task, picks[task]), cfg, k)
                   for task in tasks}
@@ -826,8 +821,8 @@ def train(cfg):
 
         log.append(log_line(
             batch, times, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
-            skill_share=[pick is not None for pick in picks.values()], ucb_decided=decided,
             borrowed=[task in lent for task in tasks],
+            skill_share=[pick is not None for pick in picks.values()],
             bank_skills=[sum(map(len, bank.entries.values()))],
             skills_failed=[len(chosen) - len(written)], lam=[now.lam],
             **{f"heldout_{how}": [x == 1 for x in rewards] for how, rewards in heldout.items()},
@@ -979,21 +974,15 @@ def evaluate(model, tokenizer, world, cfg, k):
     return {how: np.nan_to_num(rewards).tolist() for how, rewards in result.items()}
 
 
-def area(curve):
-    """The mean of y over x, by trapezoids, of a curve [(x, y)]; nan if only its end is known."""
-    x, y = np.transpose(curve)
-    return np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
-
-
 def print_table(results):
     """results: [(method, seed, evaluated)]. 95 % intervals over tasks for one seed, else over seeds
     (Student's t). comp: mean completion; area: the sampled acc's mean over the run's episodes."""
     rows, curves = {}, {}
     for method, _, result in results:
         sampled, greedy, (x, y) = result["sampled"], result["greedy"], np.transpose(result["curve"])
-        rows.setdefault(method, []).append([
-            np.equal(sampled, 1), sampled, np.equal(greedy, 1), greedy,
-            np.full(len(greedy), area(result["curve"]))])
+        area = np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
+        rows.setdefault(method, []).append([np.equal(sampled, 1), sampled, np.equal(greedy, 1),
+                                            greedy, np.full(len(greedy), area)])
         curves.setdefault(method, []).append(y)
     rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 5, tasks)
     ours = "skill_sd" if "skill_sd" in rows else results[-1][0]
@@ -1079,24 +1068,15 @@ def parse_args(argv=None):
     return vars(parser.parse_args(argv))
 
 
-def train_quietly(cfg):
-    with suppress(Exception, KeyboardInterrupt):               # `run` meets it again, and tells
-        train(cfg)
-
-
 def run(plans):
-    """[(method, seed, evaluated)] of the Configs, `jobs` at a time, each in its own process."""
-    def in_process(cfg):
-        process = get_context("spawn").Process(target=train_quietly, args=[cfg])
-        process.start()
-        process.join()
-    jobs = plans[0].jobs
+    """[(method, seed, evaluated)] of the Configs, `jobs` at a time in processes of their own."""
+    jobs, each = plans[0].jobs, map
     if jobs > 1:
         assert RANKS == 1, f"jobs={jobs}: must be 1 under torchrun"
         os.environ |= dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)), TQDM_DISABLE="1")
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(in_process, plans))
-    return [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]
+        dies_at_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+        each = ProcessPoolExecutor(jobs, get_context("spawn"), *dies_at_ctrl_c).map
+    return [(cfg.method, cfg.seed, found) for cfg, found in zip(plans, each(train, plans))]
 
 
 def main():
@@ -1117,8 +1097,10 @@ def main():
             demo = [cfg.method for cfg in plans] == ["base", "skill_sd"] and plans[1].iterations
             if demo and (RANKS, plans[1].model, plans[1].summarizer) == (1, "tiny", "rules"):
                 watch(plans[1])
-    except (ValueError, AssertionError, OSError, ImportError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {str(error) or 'stopped; the same command goes on where it was'}")
+    except (ValueError, AssertionError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, BrokenExecutor):                # a process of `run` was stopped
+        sys.exit("error: stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

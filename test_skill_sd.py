@@ -705,7 +705,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
     whose runs had a process each."""
     said = subprocess.run([sys.executable, HERE / "skill_sd.py", *SMALL, tmp_path / "a", "--jobs",
                            str(os.cpu_count())], check=True, capture_output=True, text=True).stdout
-    assert said.count("finished before") == 2 and "skill_sd - base" in said
+    assert "skill_sd - base" in said
     for owner, name, nth in ((os, "replace", 1), (Path, "write_text", 3), (torch, "save", 2),
                              (os, "replace", 4), (skill_sd, "update", 2)):
         calls, real = [], getattr(owner, name)

@@ -26,6 +26,12 @@ POINTS = {
 METHODS = "base", "grpo", "skill_sd"
 
 
+def area(curve):
+    """The mean of y over x of [(x, y)], by trapezoids; of the base, which has one point, y."""
+    x, y = np.transpose(curve)
+    return np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else y[0]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, value in (("seeds", 3), ("jobs", 2), ("out", "runs"), ("split", "test")):
@@ -40,11 +46,12 @@ def main():
           "skill_sd   area: grpo   skill_sd   skill_sd - grpo")
     for point, results in found.items():
         ends = np.reshape([100 * np.equal(r["sampled"], 1).mean() for *_, r in results], (3, -1))
-        areas = np.reshape([100 * skill_sd.area(r["curve"]) for *_, r in results], (3, -1))
+        areas = np.reshape([100 * area(r["curve"]) for *_, r in results], (3, -1))
         gain = areas[2] - areas[1]
         half = quantile * gain.std(ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
         print(f"{point:<27}" + "".join(f"{end:5.1f}    " for end in ends.mean(1))
-              + "".join(f"{x:11.1f}" for x in (*areas[1:].mean(1), gain.mean())) + f" ±{half:5.1f}")
+              + "".join(f"{x:11.1f}" for x in (*areas[1:].mean(1), gain.mean()))
+              + f" ±{half:5.1f}")
 
 
 if __name__ == "__main__":
