@@ -70,7 +70,6 @@ class Config:
     save_every: int = 10             # iterations between checkpoints
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
     evals: Literal[0, 10] = 10       # held-out evaluations, the last at the end; 0: that one alone
-    # -- the method, and its skills
     group_size: int = 8              # G, rollouts per task                             CHOICE
     tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
     iterations: int = 60             # iterations; the paper runs 180 on Sokoban
@@ -95,7 +94,6 @@ class Config:
     ucb_c: float = 1.0               # c, weight of exploration in UCB                  CHOICE
     bank_size: int = 4               # skills kept per task                             CHOICE
     max_skill_tokens: int = 256      # a skill longer than this is cut in the prompt    CHOICE
-    # -- the world
     env: str = "sokoban_env"         # appworld_adapter, or any module with a make_world(cfg)
     size: int = 6                    # room size, walls included, as in the paper
     boxes: int = 1                   # boxes per room; the paper has 2
@@ -106,7 +104,6 @@ class Config:
     train_levels: int = 256          # training levels; the paper has 96
     test_levels: int = 2048          # held-out levels; the paper uses 64
     curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
-    # -- the model
     model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
     precision: Literal["float32", "bfloat16"] = "float32"  # of rollout and scoring alike
     gradient_checkpointing: Literal[0, 1] = 0         # 1: less memory, each layer computed twice
@@ -230,8 +227,7 @@ class SkillBank:
     """Skills by task, picked by UCB. Needs: math, dataclasses.asdict, Skill.
     entries: {task_id: [entry, ...]}, oldest first; an entry has skill, picks n(e), reward_sum, and
     source_reward, the completion of the trajectory it was written from. CHOICE: ask `wants`
-    before `add`: if every skill entered, "untried first" would always win and UCB never decide. The
-    student never sees the skill: its credit was earned before it could act. The statistic lags."""
+    before `add`: if every skill entered, "untried first" would always win and UCB never decide."""
 
     def __init__(self, c, size=4):
         self.c, self.size, self.entries = c, size, {}
@@ -895,10 +891,9 @@ def ask_server(trajectory, cfg, timeout=60):
     body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
         dict(role="system", content=SUMMARIZER_PROMPT),
         dict(role="user", content=trajectory.transcript())])
-    request = urllib.request.Request(
-        cfg.summarizer.rstrip("/").removesuffix("/chat/completions") + "/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "User-Agent": "skill-sd"})
+    url = cfg.summarizer.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), {
+        "Content-Type": "application/json", "User-Agent": "skill-sd"})
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (1, 4, 0):
@@ -979,10 +974,11 @@ def print_table(results):
     (Student's t). comp: mean completion; area: the sampled acc's mean over the run's episodes."""
     rows, curves = {}, {}
     for method, _, result in results:
-        sampled, greedy, (x, y) = result["sampled"], result["greedy"], np.transpose(result["curve"])
+        sampled, greedy, (x, y) = (np.array(result[name]).T
+                                    for name in ("sampled", "greedy", "curve"))
         area = np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
-        rows.setdefault(method, []).append([np.equal(sampled, 1), sampled, np.equal(greedy, 1),
-                                            greedy, np.full(len(greedy), area)])
+        rows.setdefault(method, []).append([
+            sampled == 1, sampled, greedy == 1, greedy, np.full(len(greedy), area)])
         curves.setdefault(method, []).append(y)
     rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 5, tasks)
     ours = "skill_sd" if "skill_sd" in rows else results[-1][0]
@@ -1000,23 +996,6 @@ def print_table(results):
     print(f"\nheld-out sampled acc, 0 to 100 %, after iterations {x.astype(int).tolist()}")
     for name, runs in curves.items():
         print(f"{name:<28}" + "".join(chr(0x2581 + min(7, int(8 * y))) for y in np.mean(runs, 0)))
-
-
-@torch.no_grad()
-def watch(cfg):
-    """Print an episode of a training task by the untrained student, a skill that the run wrote for
-    it, and what student and teacher think of the moves at every turn: what SDL pushes."""
-    (bank,) = json.loads((run_folder(cfg) / "bank.json").read_text())
-    task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
-    skill, world = Skill(**bank[task][-1]["skill"]), sokoban_env.make_world(cfg)
-    model, tokenizer = load_model(cfg, world)
-    generator = torch.Generator(model.device).manual_seed(cfg.seed)
-    (t,) = rollout(model, tokenizer, [world.make_env(task)], cfg, [skill], generator)
-    (logp, _, p), (logp_teacher, _, q) = (response_logps(model, [t], cfg, read) for read in (0, 1))
-    moves = tokenizer.convert_tokens_to_ids([*sokoban_env.MOVES])        # p, q: (turns, V)
-    print(f"\n{SKILL_TEXT.format(**asdict(skill))}\n\n{t.messages[0]['content']}\n")
-    sokoban_env.print_thoughts([m["content"] for m in t.messages[1::2]], p[:, moves].exp().tolist(),
-                               q[:, moves].exp().tolist(), (logp - logp_teacher)[0].tolist())
 
 
 # ---- Presets. Strongest first: a method's row, typed, saved with a model, a preset ---------------
@@ -1094,9 +1073,9 @@ def main():
         results = run(plans)
         if RANK == 0:
             print_table(results)
-            demo = [cfg.method for cfg in plans] == ["base", "skill_sd"] and plans[1].iterations
-            if demo and (RANKS, plans[1].model, plans[1].summarizer) == (1, "tiny", "rules"):
-                watch(plans[1])
+            if (RANKS, [*methods], plans[-1].model, plans[-1].summarizer) == (
+                    1, ["base", "skill_sd"], "tiny", "rules") and plans[-1].iterations:
+                sokoban_env.watch(plans[-1])
     except (ValueError, AssertionError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except (KeyboardInterrupt, BrokenExecutor):                # a process of `run` was stopped

@@ -8,15 +8,15 @@ and answers with one move. Levels are read and written as XSB text:
     #  wall     _ or - or space  floor     .  goal
     $  box      *  box on a goal           @  player     +  player on a goal
 
-Cells are named as on a chess board seen from above: column letter, then row number counted from
-the top; the top-left corner of the walls is a1. A state of a room is (player, boxes): a cell index
-and a bit mask over cell indices (row * width + column).
+Cells are named by column letter and row number, counted from the top-left corner, a1. A state of a
+room is (player, boxes): a cell, row * width + column, and a bit mask of cells.
 
     python sokoban_env.py                    play generated levels in the terminal
     python sokoban_env.py --file my.xsb      play the levels of a file
 """
 import argparse
 import hashlib
+import json
 import math
 import os
 import random
@@ -36,10 +36,10 @@ LETTERS = "UDLR"
 
 @dataclass(frozen=True)
 class Level:
-    """One level. Cells are ints, row * width + column; `boxes`, `goals` are bit masks of cells."""
+    """One level."""
     width: int
     height: int
-    walls: int                               # bit mask too; cells outside the walls count as wall
+    walls: int                               # a bit mask; cells outside the walls count as wall
     goals: int
     boxes: int
     player: int
@@ -240,8 +240,7 @@ def canonical(level):
 # ------------------------------------------------------------------------------------- solver
 
 def live_squares(level):
-    """Bit mask of the cells from which a lone box can be pushed to some goal, found by pulling one
-    backwards from every goal."""
+    """Bit mask of the cells from which a lone box can be pushed to some goal: pulled from it."""
     live, todo = level.goals, cells_of(level.goals)
     while todo:
         box = todo.pop()
@@ -255,11 +254,9 @@ def live_squares(level):
 
 
 def solve(level, state_limit=2_000_000):
-    """A shortest solution as a string of "UDLR", or None when there is none.
-
-    Breadth-first over (player, boxes), skipping pushes onto squares that no goal can be reached
-    from. RuntimeError once more than `state_limit` states are kept (about 200 bytes each).
-    """
+    """A shortest solution as a string of "UDLR", or None when there is none. Breadth-first over
+    (player, boxes), skipping pushes onto squares that no goal can be reached from. RuntimeError
+    once more than `state_limit` states are kept (about 200 bytes each)."""
     dead = ~live_squares(level)
     start = (level.player, level.boxes)
     if level.boxes == level.goals:
@@ -346,12 +343,9 @@ def random_room(rng, size, boxes):
 
 
 def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude=()):
-    """n solvable levels, distinct up to rotation and reflection, each with its optimal length.
-
-    The room is drawn at random, one backward search gives the distance of all its states, and the
-    start is drawn among those at one distance in [min_moves, max_moves], no box on a goal. Equal
-    arguments give equal lists on every machine. `exclude`: levels to stay clear of, up to symmetry.
-    """
+    """n solvable levels, distinct up to rotation and reflection also from those of `exclude`: of
+    random rooms the states at one distance, drawn from [min_moves, max_moves], with no box on a
+    goal. Equal arguments give equal lists on every machine."""
     if not 4 <= size <= 26 or boxes < 1 or 2 * boxes + 1 > (size - 2) ** 2:
         raise ValueError(f"size={size}, boxes={boxes}: a room of that size (4 to 26, walls "
                          "included) must hold the player, the boxes and as many free goals")
@@ -428,11 +422,9 @@ BLOCKED = "That way is blocked."
 @lru_cache(1000)
 def parse_action(text):
     """Index into MOVES, read tolerantly from a model's text; None when there is no move in it.
-
     The last <answer>...</answer> decides, or a tag that was not closed with its first line: by its
     first move if it holds nothing but moves, else by its last. Without a tag, the last of the four
-    direction words decides. In any case.
-    """
+    direction words decides. In any case."""
     text = text.lower().rpartition("</think>")[2].partition("<think>")[0]    # no draft of a move
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
@@ -493,10 +485,8 @@ class SokobanEnv:
 
 def make_world(cfg):
     """An object with train and heldout, ids of tasks, the easiest first; make_env(id), and levels.
-
     Training, validation and test levels (cfg.split says which are held out) are disjoint up to
-    rotation and reflection. cfg.seed changes the training levels only.
-    """
+    rotation and reflection. cfg.seed changes the training levels only."""
     sets, levels = {}, []
     for name, n, seed in (("test", cfg.test_levels, 0), ("val", cfg.test_levels, 0),
                           ("train", cfg.train_levels, cfg.seed)):
@@ -579,10 +569,8 @@ def timid_moves(level, player, boxes):
 
 def move_probs(level, player, boxes, table, timid):
     """How a player who knows the game but is shy of boxes moves: a probability for each of MOVES.
-
     `timid` is the share of timid moves, the rest are best moves; one move in twenty is a slip.
-    Where nothing can be saved any more all moves are timid.
-    """
+    Where nothing can be saved any more all moves are timid."""
     best, shy = best_moves(level, player, boxes, table), timid_moves(level, player, boxes)
     timid = timid if best else 1.0
     return [0.05 / 4 + 0.95 * ((1 - timid) * (m in best) / max(len(best), 1)
@@ -735,10 +723,9 @@ def player_kl(model, tokenizer, batch):
 
 
 def warm_start(folder, cfg, skill_text, exclude):
-    """Clone a player who is shy of boxes, and less so with notes that fit, which stand where a
-    skill will. The targets are his own move probabilities, in rooms that no level of `exclude` has;
-    there the clone is held against him. Writes model and tokenizer to the folder, which is whole or
-    absent."""
+    """Clone a player who is shy of boxes, less so with notes that fit, which stand where a skill
+    will. The targets are his move probabilities, in rooms that no level of `exclude` has; there the
+    clone is held against him. Writes model and tokenizer to the folder, whole or not at all."""
     import torch
     from tqdm import tqdm
     tokenizer = tiny_tokenizer(cfg.size)
@@ -780,12 +767,25 @@ def warm_start(folder, cfg, skill_text, exclude):
         os.replace(part, folder)
 
 
-def print_thoughts(answers, student, teacher, log_ratios):
-    """One line a turn: the answer, the chances of MOVES by student and teacher, the log-ratio."""
-    print("answer         student: up  down  left right  teacher: up  down  left right   log-ratio")
-    for answer, p, q, l in zip(answers, student, teacher, log_ratios):
-        p, q = ("  ".join(f"{x:.2f}" for x in chances) for chances in (p, q))
-        print(f"{answer:<22} {p}          {q}{l:12.2f}")
+def watch(cfg):
+    """Print an episode of a training task by the untrained player, a skill that a run of
+    skill_sd.py wrote for it, and at every turn what student and teacher think of MOVES."""
+    import torch
+    import skill_sd as sd                      # which imports this module
+    (bank,) = json.loads((sd.run_folder(cfg) / "bank.json").read_text())
+    task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
+    skill, world = sd.Skill(**bank[task][-1]["skill"]), make_world(cfg)
+    model, tokenizer = sd.load_model(cfg, world)
+    generator = torch.Generator(model.device).manual_seed(cfg.seed)
+    (t,) = sd.rollout(model, tokenizer, [world.make_env(task)], cfg, [skill], generator)
+    with torch.no_grad():
+        (p, _, every), (q, _, told) = (sd.response_logps(model, [t], cfg, read) for read in (0, 1))
+    moves = tokenizer.convert_tokens_to_ids([*MOVES])
+    print(f"\n{sd.SKILL_TEXT.format(**vars(skill))}\n\n{t.messages[0]['content']}\n\n"
+          "answer         student: up  down  left right  teacher: up  down  left right   log-ratio")
+    for message, here, there, l in zip(t.messages[1::2], every.exp(), told.exp(), (p - q)[0]):
+        here, there = ("  ".join(f"{x:.2f}" for x in chances[moves]) for chances in (here, there))
+        print(f"{message['content']:<22} {here}          {there}{l:12.2f}")
 
 
 # ----------------------------------------------------------------------------- play in a terminal

@@ -628,7 +628,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
     assert skill_sd.train(again) == result | dict(curve=[[0, result["curve"][0][1]]])
     if method == "skill_sd":                   # a look at what student and teacher think
-        skill_sd.watch(cfg)
+        sokoban_env.watch(cfg)
         turns = re.findall(r"^(\w+)((?: +[-.\d]+){9})$", capsys.readouterr().out, re.MULTILINE)
         for move, row in turns:
             *chances, log_ratio = map(float, row.split())
@@ -961,7 +961,6 @@ def test_main_prints_a_table(seeds, base, opd, paired, monkeypatch, capsys):
         return dict(sampled=results[cfg.seed][cfg.method != "base"], greedy=[0, 1, 0, 1], curve=[
             (0, 0.5)] if cfg.method == "base" else [(0, 0.0), (1, 0.5), (4, 1.0)])
     monkeypatch.setattr(skill_sd, "train", train)
-    monkeypatch.setattr(skill_sd, "watch", Mock())
     for method, names in (("all", list(skill_sd.METHODS)), ("grpo,opd", ["base", "grpo", "opd"]),
                           ("opd", ["base", "opd"])):
         asked = []
