@@ -227,7 +227,8 @@ class SkillBank:
     """Skills by task, picked by UCB. Needs: math, dataclasses.asdict, Skill.
     entries: {task_id: [entry, ...]}, oldest first; an entry has skill, picks n(e), reward_sum, and
     source_reward, the completion of the trajectory it was written from. CHOICE: ask `wants`
-    before `add`: if every skill entered, "untried first" would always win and UCB never decide."""
+    before `add`: if every skill entered, "untried first" would always win and UCB never decide. The
+    student never sees the skill: its credit was earned before it could act. The statistic lags."""
 
     def __init__(self, c, size=4):
         self.c, self.size, self.entries = c, size, {}
@@ -770,6 +771,7 @@ def train(cfg):
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
+        decided = [e["picks"] > 0 and len(bank.entries[x]) > 1 for x, e in picks.items() if e]
         lent = borrow(bank, tasks, prompt, student, cfg, k)    # neither counted nor credited
         skills = {task: shown_skill(bank, task, lent.get(task, picks[task]), cfg, k)
                   for task in tasks}
@@ -818,7 +820,7 @@ def train(cfg):
         log.append(log_line(
             batch, times, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
             borrowed=[task in lent for task in tasks],
-            skill_share=[pick is not None for pick in picks.values()],
+            skill_share=[pick is not None for pick in picks.values()], ucb_decided=decided,
             bank_skills=[sum(map(len, bank.entries.values()))],
             skills_failed=[len(chosen) - len(written)], lam=[now.lam],
             **{f"heldout_{how}": [x == 1 for x in rewards] for how, rewards in heldout.items()},
