@@ -699,7 +699,7 @@ def borrow(bank, tasks, prompt, student, cfg, k):
                      for x in (rows, [*map(torch.ones_like, rows)]))                     # (B, L)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
             hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        x = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)                # (B, H)
+        x = (hidden.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True)        # (B, H)
         x = F.normalize(x - x[:len(lenders)].mean(0), dim=1)
         chosen = [lenders[i] for i in (x[len(lenders):] @ x[:len(lenders)].T).argmax(1)]
     return {task: bank.select(lender) for task, lender in zip(poor, chosen)}
@@ -1024,7 +1024,7 @@ def configure(typed, method, seed):
     assert method in METHODS, f"method={method!r}: must be all, or of {', '.join(METHODS)}"
     trained = Path(typed.get("model", "")) / "skill_sd.json"
     saved = json.loads(trained.read_text()) if trained.exists() and "preset" not in typed else {}
-    left_out = {"out", "device", "save_every", *(name for row in METHODS.values() for name in row)}
+    left_out = {"jobs", "out", "device", "save_every"}.union(*METHODS.values())
     saved = {f.name: saved[f.name] for f in fields(Config) if f.name in {*saved} - left_out}
     fitting = "tiny" if typed.get("model", "tiny") == "tiny" else "small"
     fitting = "appworld" if typed.get("env", "sokoban_env") != "sokoban_env" else fitting
