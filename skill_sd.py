@@ -976,8 +976,8 @@ def print_table(results):
     (Student's t). comp: mean completion; area: the sampled acc's mean over the run's episodes."""
     rows, curves = {}, {}
     for method, _, result in results:
-        sampled, greedy, (x, y) = (np.array(result[name]).T
-                                    for name in ("sampled", "greedy", "curve"))
+        sampled, greedy, (x, y) = (
+            np.array(result[name]).T for name in ("sampled", "greedy", "curve"))
         area = np.diff(x) @ (y[1:] + y[:-1]) / 2 / x[-1] if len(x) > 1 else np.nan if x[0] else y[0]
         rows.setdefault(method, []).append([
             sampled == 1, sampled, greedy == 1, greedy, np.full(len(greedy), area)])
@@ -985,8 +985,8 @@ def print_table(results):
     rows = {name: 100 * np.array(runs) for name, runs in rows.items()}       # (seeds, 5, tasks)
     ours = "skill_sd" if "skill_sd" in rows else results[-1][0]
     rows |= {f"{ours} - {name}": rows[ours] - rows[name] for name in [*rows] if name != ours}
-    seeds, _, tasks = rows[ours].shape
-    print(f"\n{tasks} held-out tasks, {seeds} seed(s); percent, ± 95 % interval\n{'':28}"
+    (seeds, _, tasks), width = rows[ours].shape, max(map(len, rows)) + 3
+    print(f"\n{tasks} held-out tasks, {seeds} seed(s); percent, ± 95 % interval\n{'':{width}}"
           "sampled acc     sampled comp    greedy acc      greedy comp     area")
     quantile = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, *[2.26] * 20, 2.05]
     for name, values in rows.items():
@@ -994,10 +994,11 @@ def print_table(results):
         half = quantile[min(len(values), 30) - 1] * values.std(0, ddof=1) / math.sqrt(len(values))
         cells = [f"{mean:5.1f} ±{h:5.1f}" if h > 1e-9 else f"{mean:5.1f}       "
                  for mean, h in zip(values.mean(0), half)]
-        print(f"{name:<28}{'    '.join(cells)}".rstrip())
+        print(f"{name:<{width}}{'    '.join(cells)}".rstrip())
     print(f"\nheld-out sampled acc, 0 to 100 %, after iterations {x.astype(int).tolist()}")
     for name, runs in curves.items():
-        print(f"{name:<28}" + "".join(chr(0x2581 + min(7, int(8 * y))) for y in np.mean(runs, 0)))
+        blocks = [chr(0x2581 + min(7, int(8 * y))) for y in np.mean(runs, 0)]
+        print(f"{name:<{width}}{''.join(blocks)}")
 
 
 # ---- Presets. Strongest first: a method's row, typed, saved with a model, a preset ---------------
