@@ -39,8 +39,9 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Literal, get_args
 
@@ -1050,14 +1051,19 @@ def parse_args(argv=None):
     return vars(parser.parse_args(argv))
 
 
+def die_with_parent():
+    """In a process of `run`: end at Ctrl-C, and when the process that started it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Thread(target=lambda: os._exit(bool(parent_process().join())), daemon=True).start()
+
+
 def run(plans):
     """[(method, seed, evaluated)] of the Configs, `jobs` at a time in processes of their own."""
     jobs, each = plans[0].jobs, map
     if jobs > 1:
         assert RANKS == 1, f"jobs={jobs}: must be 1 under torchrun"
         os.environ |= dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)), TQDM_DISABLE="1")
-        dies_at_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_DFL)
-        each = ProcessPoolExecutor(jobs, get_context("spawn"), *dies_at_ctrl_c).map
+        each = ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent).map
     return [(cfg.method, cfg.seed, found) for cfg, found in zip(plans, each(train, plans))]
 
 
