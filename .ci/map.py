@@ -20,7 +20,8 @@ POINTS = {
     "timid 0.58": dict(timid=0.58),
     "timid 0.45": dict(timid=0.45),
     "128 episodes, 60 iterations": dict(tasks_per_iteration=16, group_size=8, iterations=60),
-    "8x8, 12-25 moves, timid 0.6": dict(size=8, min_moves=12, max_moves=25, max_turns=40, timid=0.6),
+    "8x8, 12-25 moves, timid 0.6": dict(size=8, min_moves=12, max_moves=25, max_turns=40,
+                                        timid=0.6),
     "two boxes": dict(boxes=2, max_turns=24),
 }
 METHODS = "base", "grpo", "skill_sd"
