@@ -23,6 +23,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
 The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we differ on purpose.
 """
 import argparse
+import atexit
 import copy
 import hashlib
 import inspect
@@ -1079,6 +1080,8 @@ def main():
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group("nccl" if gpu else "gloo")
+            atexit.register(torch.distributed.destroy_process_group)
+            atexit.register(time.sleep, 0.1)   # before: gloo's threads may hold tensors still
         results = run(plans)
         if RANK == 0:
             print_table(results)
