@@ -25,7 +25,6 @@ The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we di
 import argparse
 import atexit
 import copy
-import hashlib
 import inspect
 import json
 import math
@@ -36,19 +35,18 @@ import signal
 import sys
 import time
 import urllib.request
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -63,12 +61,12 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 class Config:
     """Every setting. The command line is made from this: --lam 0.001, --max-turns 40."""
     method: str = "skill_sd"         # of METHODS: one, several after commas, or all
-    preset: str = "tiny"             # a row of PRESETS; small if a chat model is named
+    preset: Literal["tiny", "scarce", "small", "paper", "appworld"] = "tiny"    # see PRESETS
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
     jobs: int = 1                    # runs at a time, each in a process of its own
     out: str = "runs"                # folder for runs and warm starts
-    device: Literal["auto", "cpu", "cuda"] = "auto"   # auto: cuda if there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the model
     save_every: int = 10             # iterations between checkpoints
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
     evals: Literal[0, 10] = 10       # held-out evaluations, the last at the end; 0: that one alone
@@ -117,25 +115,24 @@ class Config:
     warm_demos: int = 24000          # games that the embedded model's warm start learns from
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            least = int(type(value) is int and name not in (   # 1 for counts, else 0
-                "seed", "iterations", "sync_every", "gradient_checkpointing", "evals"))
-            if not isinstance(value, str) and not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be {least} or more, and finite")
+        for f in fields(self):
+            least, value = int(f.type is int), getattr(self, f.name)           # 1 for counts
+            least *= f.name not in ("seed", "iterations", "sync_every")
+            if f.type in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"{f.name}={value}: must be {least} or more, and finite")
         served = re.fullmatch(r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/\S*)?", self.summarizer)
         rules = self.summarizer == "rules" and self.env == "sokoban_env"
         for name, wrong, right in (
                 ("group_size", self.group_size < 2 and self.reward_weight, "one has no advantage"),
                 ("temperature", not self.temperature, "must be above 0"),
-                *((name, getattr(self, name) > 1, "a share, at most 1")
-                  for name in ("lam_until", "timid", "curriculum")),
+                ("timid", self.timid > 1, "a share, at most 1"),
                 ("tasks_per_iteration", self.tasks_per_iteration % RANKS, f"a multiple of {RANKS}"),
                 ("skill_reader", self.skill_reader != "teacher" and (self.actor == "teacher" or
                  self.lam), "a teacher that acts or distils (lam above 0) must read the skill"),
                 ("summarizer", not (served or rules or self.summarizer == "self"),
                  "self, a server http://HOST/v1, or for Sokoban rules"),
-                ("device", self.device == "cuda" and not torch.cuda.is_available(),
-                 "torch sees none; use auto or cpu"),
+                ("device", self.device == "cuda" and not torch.cuda.is_available(), "none is here"),
+                ("jobs", self.jobs > 1 and RANKS > 1, "must be 1 under torchrun"),
                 ("max_context", self.max_context <= self.max_skill_tokens + self.max_new_tokens,
                  "must exceed max_skill_tokens + max_new_tokens"),
                 ("summarizer", served and not os.environ.get("OPENAI_API_KEY", "").isascii(),
@@ -145,7 +142,7 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {right}")
 
 
-# ---- Skills: three fields written from one finished trajectory -----------------------------------
+# ---- Skills: three fields written from one finished trajectory. Our wording is a CHOICE ----------
 @dataclass(frozen=True)
 class Skill:
     """What one finished trajectory teaches, in the paper's three fields. Needs: dataclass."""
@@ -159,7 +156,6 @@ What worked: {success_analysis}
 Mistakes: {mistake_analysis}
 Workflow: {golden_workflow}"""
 
-# CHOICE: the paper's wording is not public.
 SUMMARIZER_PROMPT = """You review one finished attempt of an agent at a task and write a skill for \
 the next attempt at the same task: short, concrete, and true to what the transcript shows.
 
@@ -290,8 +286,9 @@ class Chat:
         self.backend.no_padding()
         try:
             pieces = self.cut("system", "user", "assistant", "user")
-        except ValueError:                     # no system role, or in another place
-            pieces = [None, *self.cut("user", "assistant", "user")]
+        except ValueError:                     # no system role: its text goes above the task
+            pieces = self.cut("user", "assistant", "user")
+            pieces.insert(1, "\n\n")
         # Texts before the system's, the user's, an old answer; after that answer; before a new one.
         self.before, self.between, _, self.after_answer, generation_prompt = pieces
         self.opening = generation_prompt + prefill
@@ -333,17 +330,14 @@ class Chat:
 
     def prompt(self, system, task, skill=None):
         """Ids up to the first answer: with `skill` the teacher's, without it the student's."""
-        before, notes = self.between, ""
-        if self.before is not None:
-            before = self.before + self.clean(system) + self.between
-        elif self.tokenizer.chat_template != sokoban_env.TINY_TEMPLATE:    # knows no such words
-            before = self.between + self.clean(system) + "\n\n"
+        before, notes = self.before + self.clean(system) + self.between, ""
+        if self.tokenizer.chat_template == sokoban_env.TINY_TEMPLATE:      # knows no such words
+            before = self.before
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
-            found = self.backend.encode(notes, add_special_tokens=False)
-            if len(found.ids) > self.max_skill_tokens:
-                notes = notes[:found.offsets[self.max_skill_tokens][0]]
-            notes += "\n\n"
+            offsets = self.backend.encode(notes, add_special_tokens=False).offsets
+            past = offsets[self.max_skill_tokens:]
+            notes = notes[:past[0][0] if past else None] + "\n\n"
         text = before + notes + self.clean(task) + self.opening
         return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -449,10 +443,9 @@ def sample_answers(decoder, chunks, eos_ids, cfg, generator, greedy):
 
 @torch.no_grad()
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
-    """Play one episode in every environment (as SokobanEnv; completion may be nan: it was lost),
-    cfg.rollout_batch as one batch, and close them. model samples from its full softmax at
-    cfg.temperature, or takes the likeliest token (`greedy`); skills: one or None each, read if
-    cfg.actor is teacher or cfg.skill_reader student; generator: on the model's device."""
+    """Play one episode in every environment (like SokobanEnv; a completion of nan: it was lost) and
+    close it. model samples from its full softmax at cfg.temperature, or is `greedy`. skills: one or
+    None each, read by a teacher that acts, or by skill_reader student. generator: on its device."""
     skills, n = skills or [None] * len(envs), cfg.rollout_batch
     if len(envs) > n:
         parts = [(envs[i:i + n], cfg, skills[i:i + n]) for i in range(0, len(envs), n)]
@@ -525,10 +518,8 @@ def response_logps(model, trajectories, cfg, with_skill=False):
     prompts = [t.skill_prompt if with_skill else t.prompt for t in trajectories]
     rows = [prompt + t.ids for prompt, t in zip(prompts, trajectories)]
     sampled = [[False] * len(prompt) + t.mask for prompt, t in zip(prompts, trajectories)]
-    longest = max(map(len, rows))
-    ids, sampled = (torch.tensor([row + [0] * (longest - len(row)) for row in part],
-                                 device=model.device) for part in (rows, sampled))   # (B, L) each
-    sampled = sampled.bool()
+    ids, sampled = (pad_sequence([*map(torch.tensor, part)], batch_first=True).to(model.device)
+                    for part in (rows, sampled))                                     # (B, L) each
     before = sampled.roll(-1, dims=1)          # the position that predicts each action token
     # The LM head sees these alone: a large vocabulary times a long conversation would not fit.
     # Padding stands on the right, where causal attention cannot see it: no mask is needed.
@@ -537,10 +528,10 @@ def response_logps(model, trajectories, cfg, with_skill=False):
           torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16)):
         logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
     logps = F.log_softmax(logits / cfg.temperature, dim=-1)
-    lengths = sampled.sum(1)                                                         # (B,)
-    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]       # (B, T)
-    logp = torch.zeros(mask.shape, device=mask.device)
-    return logp.masked_scatter(mask, logps.gather(1, ids[sampled][:, None])), mask, logps
+    parts = logps.gather(1, ids[sampled][:, None])[:, 0].split(sampled.sum(1).tolist())
+    logp, mask = (pad_sequence(x, batch_first=True)
+                  for x in (parts, [*map(torch.ones_like, parts)]))                  # (B, T) each
+    return logp, mask.bool(), logps
 
 
 def micro_batches(trajectories, max_tokens):
@@ -636,16 +627,14 @@ def update(student, optimizer, batch, cfg, teacher=None):
                 for t, row, used in zip(part, logp.detach(), mask):
                     t.logp_old = row[used]
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
-            zeros = torch.zeros_like(logp)                                           # (B, T)
-            old = zeros.masked_scatter(mask, torch.cat([t.logp_old for t in part]))
+            old = pad_sequence([t.logp_old for t in part], batch_first=True)         # (B, T)
             pg = grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high)
-            if cfg.kl == "exact" and cfg.lam:  # DEVIATION: KL(student || teacher) over all words,
-                with torch.no_grad():          # the mean of rho * k3; the paper's future work
-                    shown, _, shown_all = response_logps(teacher, part, cfg, with_skill=True)
+            if cfg.kl == "exact" and cfg.lam:  # DEVIATION: KL(student || teacher) over all words
+                shown, _, shown_all = response_logps(teacher, part, cfg, with_skill=True)
                 sdl = F.kl_div(shown_all, logps, log_target=True, reduction="none").sum(-1).mean()
             else:
-                shown = zeros.masked_scatter(mask, torch.cat([
-                    t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part]))
+                shown = pad_sequence([t.logp_old if t.logp_teacher is None else t.logp_teacher
+                                      for t in part], batch_first=True)
                 sdl = sdl_loss(logp, shown, old, mask)
             logps = shown_all = None           # too large to be held during the next pass
             share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
@@ -678,33 +667,30 @@ def pick_tasks(tasks, cfg, k):
     return random.Random(derived_seed(cfg.seed + 10**6 * RANK, "tasks", k)).sample(easiest, mine)
 
 
-def shown_skill(bank, task_id, entry, cfg, k):
-    """S(x). Controls: a random skill of another task (its own if none), or an empty one."""
-    if entry and cfg.skill_shown == "other":
-        others = [e for task, entries in bank.entries.items() if task != task_id for e in entries]
-        entry = random.Random(derived_seed(cfg.seed, "other", k, task_id)).choice(others or [entry])
-    return entry and (Skill("", "", "") if cfg.skill_shown == "empty" else entry["skill"])
-
-
 @torch.no_grad()
-def borrow(bank, tasks, prompt, student, cfg, k):
-    """DEVIATION, towards a limit that the paper names. {task: entry} for the tasks without skills:
-    the UCB pick of the nearest task that has some, by the cosine of the student's mean hidden
-    states over the plain prompts (ids: `prompt(task)`), less their mean over the bank."""
-    poor, lenders = [task for task in tasks if task not in bank.entries], [*bank.entries]
-    if cfg.borrow == "no" or not poor or not lenders:
-        return {}
-    chosen = random.Random(derived_seed(cfg.seed, "borrow", k)).choices(lenders, k=len(poor))
-    if cfg.borrow == "nearest":
+def shown_skills(bank, picks, prompt, student, cfg, k):
+    """{task: S(x)} from the UCB picks {task: entry}. Controls: another task's skill, or no words.
+    DEVIATION, towards a limit that the paper names: a task without skills borrows the UCB pick of a
+    random task that has some, or of the nearest by the cosine of the student's mean hidden states
+    over the plain prompts (ids: `prompt(task)`), less their mean over the bank. Not credited."""
+    rng, lenders = random.Random(derived_seed(cfg.seed, "shown", k)), [*bank.entries]
+    poor = [task for task in picks if not picks[task]]
+    lender = {task: rng.choice([x for x in lenders if x != task] or [task]) for task in picks}
+    if cfg.borrow == "nearest" and lenders and poor:
         rows = [torch.tensor(prompt(task)) for task in lenders + poor]
-        ids, real = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True).to(student.device)
+        ids, real = (pad_sequence(x, batch_first=True).to(student.device)
                      for x in (rows, [*map(torch.ones_like, rows)]))                     # (B, L)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
             hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
         x = (hidden.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True)        # (B, H)
         x = F.normalize(x - x[:len(lenders)].mean(0), dim=1)
-        chosen = [lenders[i] for i in (x[len(lenders):] @ x[:len(lenders)].T).argmax(1)]
-    return {task: bank.select(lender) for task, lender in zip(poor, chosen)}
+        lender |= zip(poor, [lenders[i] for i in (x[len(lenders):] @ x[:len(lenders)].T).argmax(1)])
+    skills = {}
+    for task, pick in picks.items():
+        if cfg.skill_shown == "other" if pick else cfg.borrow != "no":
+            pick = bank.select(lender[task])
+        skills[task] = pick and (Skill("", "", "") if cfg.skill_shown == "empty" else pick["skill"])
+    return skills
 
 
 EVALS = 0, 1 / 20, 1 / 10, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6        # shares of a run
@@ -732,13 +718,11 @@ def train(cfg):
     """The algorithm, for all METHODS, which differ by settings alone. Returns evaluate's result."""
     folder = run_folder(cfg)
     if (folder / "result.json").exists():      # finished before
-        tqdm.write(f"finished before: {folder}")
         return json.loads((folder / "result.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     world = __import__(cfg.env, fromlist=["make_world"]).make_world(cfg)     # train: easiest first
     assert world.heldout and cfg.tasks_per_iteration <= len(world.train), (
-        f"tasks_per_iteration={cfg.tasks_per_iteration}: there are {len(world.train)} training "
-        f"tasks, and {len(world.heldout)} held out")
+        f"{cfg.tasks_per_iteration=}, {len(world.train)=}, {len(world.heldout)=}: too few tasks")
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=cfg.lr, betas=(0.9, 0.95))    # CHOICE
@@ -762,7 +746,7 @@ def train(cfg):
         now, heldout = replace(cfg, lam=cfg.lam * max(0.0, 1 - done)), {}
         if cfg.evals and k in [round(share * cfg.iterations) for share in EVALS]:
             heldout = evaluate(student, tokenizer, world, cfg, k)
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "rollout", k))
 
         # 1. theta_old <- theta (held as logp_old, see `update`); theta-bar <- theta
@@ -773,16 +757,12 @@ def train(cfg):
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
-        decided = [e["picks"] > 0 and len(bank.entries[x]) > 1 for x, e in picks.items() if e]
-        lent = borrow(bank, tasks, prompt, student, cfg, k)    # neither counted nor credited
-        skills = {task: shown_skill(bank, task, lent.get(task, picks[task]), cfg, k)
-                  for task in tasks}
+        skills = shown_skills(bank, picks, prompt, student, cfg, k)
         rows = [task for task in tasks for _ in range(cfg.group_size)]
         episodes = rollout(teacher if cfg.actor == "teacher" else student, tokenizer,
                            [world.make_env(task) for task in rows], cfg,
                            [skills[task] for task in rows], generator)
         assert [t.task_id for t in episodes] == rows, "an env.task_id is not the id of its task"
-        times.append(time.perf_counter())
 
         # 3. rewards, group advantages. CHOICE: a lost episode (nan) counts nowhere, not in N
         adv = group_advantages([t.reward for t in episodes], cfg.group_size)
@@ -791,14 +771,11 @@ def train(cfg):
         batch = [t for t in episodes if not math.isnan(t.reward)]
         assert batch, f"every episode was lost: {episodes[0].counts}, {episodes[0].messages}"
         groups = {task: [t for t in batch if t.task_id == task] for task in tasks}
-
         # 4. the teacher re-scores the same tokens under x + S(x); if kl is exact, in `update`
         if now.lam and now.kl == "sampled":
             score_as_teacher(teacher, batch, now, synced)
-        times.append(time.perf_counter())
 
-        # 6a. credit the picks, write up the best trajectory of each group (CHOICE: the shortest of
-        # equals): before 5, so that a server writes during the update; the student writes after it
+        # 6a. credit the picks, write up each group's best trajectory (CHOICE: the shortest of such)
         for task, group in groups.items():
             if picks[task] and group:
                 bank.credit(picks[task], np.mean([t.reward for t in group]))
@@ -806,25 +783,21 @@ def train(cfg):
         chosen = [t for t in best
                   if cfg.skill_reader != "nobody" and bank.wants(t.task_id, t.reward)]
         writing = partial(summarize, chosen, student, tokenizer, cfg, generator)
-        if cfg.summarizer.startswith("http"):
+        if cfg.summarizer.startswith("http"):                  # during 5; the student writes after
             writing = ThreadPoolExecutor(1).submit(writing).result
 
         # 5. minimise L over the tokens
         metrics = update(student, optimizer, batch, now, teacher)
-        times.append(time.perf_counter())
-
         # 6b. new skills enter the bank: they can be picked from iteration k + 1 on
         written = writing()
         for t, skill in written:
             bank.add(t.task_id, skill, t.reward)
-        times.append(time.perf_counter())
 
         log.append(log_line(
-            batch, times, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
-            borrowed=[task in lent for task in tasks],
-            skill_share=[pick is not None for pick in picks.values()], ucb_decided=decided,
+            batch, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
+            skill_share=[skill is not None for skill in skills.values()], lam=[now.lam],
             bank_skills=[sum(map(len, bank.entries.values()))],
-            skills_failed=[len(chosen) - len(written)], lam=[now.lam],
+            skills_failed=[len(chosen) - len(written)], seconds=[time.perf_counter() - start],
             **{f"heldout_{how}": [x == 1 for x in rewards] for how, rewards in heldout.items()},
             zero_spread_groups=[len({t.reward for t in group}) == 1 for group in groups.values()]))
         write(folder / "log.jsonl", "".join(log))
@@ -833,9 +806,9 @@ def train(cfg):
             write(path, states | dict(log=log, banks=gather(bank.state_dict())))
 
     result = evaluate(student, tokenizer, world, cfg, cfg.iterations)
-    lines = [line for line in map(json.loads, log) if "heldout_sampled" in line]
-    result["curve"] = [[line["iteration"], line["heldout_sampled"]] for line in lines] + [
-        [cfg.iterations, np.equal(result["sampled"][:512], 1).mean().item()]]
+    curve = [[line["iteration"], line["heldout_sampled"]]
+             for line in map(json.loads, log) if "heldout_sampled" in line]
+    result["curve"] = [*curve, [cfg.iterations, np.equal(result["sampled"][:512], 1).mean().item()]]
     if RANK == 0:
         student.save_pretrained(folder / "student")
         tokenizer.save_pretrained(folder / "student")
@@ -863,8 +836,8 @@ def run_folder(cfg):
     """Named by method, model, seed and a hash of all settings that the result depends on."""
     settings = {name: value for name, value in asdict(cfg).items()
                 if name not in ("preset", "seeds", "jobs", "out", "device", "save_every")}
-    key = hashlib.sha256(json.dumps([settings, RANKS]).encode()).hexdigest()[:6]
-    return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key}"
+    key = derived_seed(json.dumps([settings, RANKS])) % 16**6
+    return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key:06x}"
 
 
 def write(path, data):
@@ -875,15 +848,13 @@ def write(path, data):
         os.replace(part, path)
 
 
-def log_line(batch, times, metrics, **lists):
+def log_line(batch, metrics, **lists):
     """One line of JSON: means over lists, over the batch and over the processes."""
     lists |= dict(reward=[t.reward for t in batch], success=[t.reward == 1.0 for t in batch],
                   turns=[t.turns for t in batch])
     lists |= {f"count_{name}": [each.counts.get(name, 0) for each in batch]
               for t in batch for name in t.counts}
     metrics |= {name: np.mean(values) for name, values in lists.items() if values}
-    metrics |= dict(zip(("seconds_rollout", "seconds_teacher", "seconds_update", "seconds_skills"),
-                        np.diff(times)))
     rows = gather(metrics)
     return json.dumps({name: float(np.mean([row[name] for row in rows if name in row]))
                        for name in dict.fromkeys(name for row in rows for name in row)}) + "\n"
@@ -898,8 +869,8 @@ def ask_server(trajectory, cfg, timeout=60):
     url = cfg.summarizer.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), {
         "Content-Type": "application/json", "User-Agent": "skill-sd"})
-    if key := os.environ.get("OPENAI_API_KEY", "").strip():
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"        # local servers need none
+    request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (1, 4, 0):
         said, reason, end = b"", "no text", time.monotonic() + timeout     # also if it drips
         try:
@@ -916,7 +887,7 @@ def ask_server(trajectory, cfg, timeout=60):
                 said = said or error.read(300)
             reason = error if isinstance(error, OSError) else reason
         time.sleep(wait)
-    return f"[{cfg.summarizer}: {reason} {said[:300]}]".replace(key or "\0", "***")
+    return f"[{cfg.summarizer}: {reason} {said[:300]}]".replace(key, "***")
 
 
 def load_model(cfg, world):
@@ -928,18 +899,18 @@ def load_model(cfg, world):
         if RANK == 0 and not path.exists():
             sokoban_env.warm_start(path, cfg, SKILL_TEXT, world.levels)
         gather(None)                           # the other processes wait for it
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         for name in vars(config):              # theta_old must be the policy that sampled
             if "dropout" in name or name.endswith("_pdrop"):
                 setattr(config, name, 0.0)
+        config.gradient_checkpointing = bool(cfg.gradient_checkpointing)
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=False).to(device)
+            path, config=config, dtype=torch.float32, trust_remote_code=False).to(cfg.device)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:                 # each of the libraries has its own
-        raise ValueError(f"model={str(path)!r} cannot be loaded on {device}; give a folder or an "
-                         f"instruct model's name. {type(error).__name__}: {error}") from error
+        raise ValueError(f"model={str(path)!r} cannot be loaded on {cfg.device}; give a folder, or "
+                         f"an instruct model's name. {type(error).__name__}: {error}") from error
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -948,9 +919,6 @@ def load_model(cfg, world):
                          "length, do not fit the cache; use a model of plain attention")
     window = getattr(text, "max_position_embeddings", cfg.max_context)
     assert cfg.max_context <= window, f"max_context={cfg.max_context}: {path} reads only {window}"
-    if cfg.gradient_checkpointing:
-        renamed = getattr(model, "activation_checkpointing_enable", None)    # transformers 5
-        (renamed or model.gradient_checkpointing_enable)(dict(use_reentrant=False))
     return model, tokenizer
 
 
@@ -1042,30 +1010,28 @@ def configure(typed, method, seed):
 def parse_args(argv=None):
     """What was typed, as a dict. Config's comments are the help texts."""
     parser = argparse.ArgumentParser(description="Skill-SD: see the top of this file.")
-    source, allowed = inspect.getsource(Config), dict(preset=[*PRESETS])
+    source = inspect.getsource(Config)
     for f in fields(Config):
         comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +CHOICE)?$", source, re.MULTILINE)
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default),
-                            choices=allowed.get(f.name, get_args(f.type)) or None,
-                            default=argparse.SUPPRESS,
+                            choices=get_args(f.type) or None, default=argparse.SUPPRESS,
                             help=f"{comment[1]} (default: {f.default!r})".replace("%", "%%"))
     return vars(parser.parse_args(argv))
 
 
-def die_with_parent():
-    """In a process of `run`: end at Ctrl-C, and when the process that started it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Thread(target=lambda: os._exit(bool(parent_process().join())), daemon=True).start()
+def train_share(i, plans):
+    """In process i of `run`: every `jobs`-th run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)               # comes when the parent dies, too
+    for cfg in plans[i::plans[0].jobs]:
+        train(cfg)
 
 
 def run(plans):
     """[(method, seed, evaluated)] of the Configs, `jobs` at a time in processes of their own."""
-    jobs, each = plans[0].jobs, map
-    if jobs > 1:
-        assert RANKS == 1, f"jobs={jobs}: must be 1 under torchrun"
+    if (jobs := plans[0].jobs) > 1:
         os.environ |= dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)), TQDM_DISABLE="1")
-        each = ProcessPoolExecutor(jobs, get_context("spawn"), die_with_parent).map
-    return [(cfg.method, cfg.seed, found) for cfg, found in zip(plans, each(train, plans))]
+        torch.multiprocessing.spawn(train_share, (plans,), jobs)         # they end with this one
+    return [(cfg.method, cfg.seed, train(cfg)) for cfg in plans]         # finished: read
 
 
 def main():
@@ -1076,22 +1042,18 @@ def main():
         seeds = range(seed, seed + max(1, typed.get("seeds", 1)))
         plans = [configure(typed, name, s) for name in methods for s in seeds]   # all checked first
         if RANKS > 1:
-            gpu = plans[0].device != "cpu" and torch.cuda.is_available()
-            if gpu:
+            if plans[0].device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group("nccl" if gpu else "gloo")
+            torch.distributed.init_process_group()             # nccl for GPUs, gloo for CPUs
             atexit.register(torch.distributed.destroy_process_group)
             atexit.register(time.sleep, 0.1)   # before: gloo's threads may hold tensors still
         results = run(plans)
         if RANK == 0:
             print_table(results)
-            if (RANKS, [*methods], plans[-1].model, plans[-1].summarizer) == (
-                    1, ["base", "skill_sd"], "tiny", "rules") and plans[-1].iterations:
+            if RANKS == 1 and [*methods] == ["base", "skill_sd"] and plans[-1].model == "tiny":
                 sokoban_env.watch(plans[-1])
     except (ValueError, AssertionError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    except (KeyboardInterrupt, BrokenExecutor):                # a process of `run` was stopped
-        sys.exit("error: stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

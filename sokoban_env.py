@@ -32,8 +32,7 @@ MOVES = ("up", "down", "left", "right")      # the order of every table below
 LETTERS = "UDLR"
 
 
-# ------------------------------------------------------------------------------------- levels
-
+# ---- Levels --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Level:
     """One level."""
@@ -237,8 +236,7 @@ def canonical(level):
     return best
 
 
-# ------------------------------------------------------------------------------------- solver
-
+# ---- Solver --------------------------------------------------------------------------------------
 def live_squares(level):
     """Bit mask of the cells from which a lone box can be pushed to some goal: pulled from it."""
     live, todo = level.goals, cells_of(level.goals)
@@ -320,8 +318,7 @@ def best_moves(level, player, boxes, table):
             if table.get(push(level, player, boxes, step)) == here - 1]
 
 
-# ---------------------------------------------------------------------------------- generator
-
+# ---- Generator -----------------------------------------------------------------------------------
 def below(rng, n):
     """A whole number in [0, n). Only random() is promised to be the same in every Python."""
     return int(rng.random() * n)
@@ -384,8 +381,7 @@ def derived_seed(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-# -------------------------------------------------------------------------------- environment
-
+# ---- Environment ---------------------------------------------------------------------------------
 SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
 
 The room is shown with one symbol per cell:
@@ -501,8 +497,7 @@ def make_world(cfg):
         make_env=lambda task_id: SokobanEnv(by_id[task_id], cfg.max_turns))
 
 
-# ---------------------------------------------------- the analyst, and demonstrations to learn from
-
+# ---- The analyst, and demonstrations to learn from -----------------------------------------------
 def room_in(observation):
     """The room drawn in an observation, as a Level."""
     return parse_level("\n".join(line for line in observation.split("\n") if line.startswith("#")))
@@ -630,8 +625,7 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
     return games
 
 
-# ------------------------------------------------- the player of the demo: a tiny language model
-
+# ---- The player of the demo: a tiny language model -----------------------------------------------
 SILENT = dict(success_analysis="", mistake_analysis="", golden_workflow="")
 PLAYER_VERSION = 3               # to be raised with every change that a warm start depends on
 # Chosen on validation levels: games per step, peak learning rate, share of games with notes, and of
@@ -773,6 +767,8 @@ def watch(cfg):
     import torch
     import skill_sd as sd                      # which imports this module
     (bank,) = json.loads((sd.run_folder(cfg) / "bank.json").read_text())
+    if not bank:                               # nothing was trained, or no skill was read
+        return
     task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
     skill, world = sd.Skill(**bank[task][-1]["skill"]), make_world(cfg)
     model, tokenizer = sd.load_model(cfg, world)
@@ -788,8 +784,7 @@ def watch(cfg):
         print(f"{message['content']:<22} {here}          {there}{l:12.2f}")
 
 
-# ----------------------------------------------------------------------------- play in a terminal
-
+# ---- Play in a terminal --------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description="Look at and play Sokoban levels.")
     parser.add_argument("--file", help="a file with XSB levels (default: generated ones)")

@@ -577,29 +577,25 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
             t.reward, t.turns = ends           # of the held-out tasks, only of two
         return out
     monkeypatch.setattr(skill_sd, "rollout", lossy)
-    calls = recorded(monkeypatch, skill_sd, "rollout", "sample_answers", "shown_skill", "update",
+    calls = recorded(monkeypatch, skill_sd, "rollout", "sample_answers", "shown_skills", "update",
                      "sync_teacher", "score_as_teacher", "summarize")
-    calls |= recorded(monkeypatch, SkillBank, "select", "wants", "credit", "add")
-    calls |= recorded(monkeypatch, skill_sd, "borrow")
+    calls |= recorded(monkeypatch, SkillBank, "wants", "credit", "add")
     result, folder = skill_sd.train(cfg), skill_sd.run_folder(cfg)
     read = [chunks for (_, chunks, *_), _ in calls["sample_answers"]]
-    selected = iter([(task, entry) for (_, task), entry in calls["select"]])
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
         (student, _, batch, now, teacher), _ = calls["update"][k]
         assert now.lam == cfg.lam * ((1, 0.5, 0, 0)[k] if falls else 1)
         assert (actor is student) != off_policy
         assert [id(t) for t in batch] == [id(out[i]) for i in (0, 2, 3, 4, 5, 6, 7)]
         assert [t.adv for t in out] == group_advantages(rewards, 4).tolist()
-        shown, lent = calls["shown_skill"][3 * k:3 * k + 3], calls["borrow"][k][1]
-        picks, _ = ([next(selected) for _ in range(n)] for n in (3, len(lent)))
-        assert [*lent] == [task for task, entry in picks if not entry and borrows and k > 0]
-        borrowed = [(task, lent.get(task, entry)) for task, entry in picks]
-        assert [(task, entry) for (_, task, entry, *_), _ in shown] == borrowed
+        (_, picks, *_), shown = calls["shown_skills"][k]
+        assert all((shown[task] is None) == (pick is None and not (borrows and k > 0))
+                   for task, pick in picks.items())
         assert [(t.task_id, t.skill) for t in out] == [
-            (args[1], skill) for args, skill in shown for _ in range(4)]
+            (task, skill) for task, skill in shown.items() for _ in range(4)]
         reads_skill = off_policy or method == "skill_grpo"
         assert [t.skill_prompt if reads_skill else t.prompt for t in out] in read
-        due += [(entry, pytest.approx(x)) for (_, entry), x in zip(picks, (0.5, 0.725)) if entry]
+        due += [(entry, pytest.approx(x)) for entry, x in zip(picks.values(), (0.5, 0.725)) if entry]
         (chosen, *_), skills = calls["summarize"][k]
         assert len(chosen) == 2 * writes or k > 0
         wanted = [ok for _, ok in calls["wants"][2 * k:2 * k + 2]]
@@ -651,41 +647,37 @@ def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
     assert len(pick) == 2 and pick <= {1, 3, 5, 7, 9}
 
 
-def test_controls_show_another_skill_or_an_empty_one():
-    bank = SkillBank(c=1.0)
-    bank.add("a", SKILLS[0])
-    for how, right in (("other", SKILLS[0]), ("other", SKILLS[1]), ("own", SKILLS[0]),
-                       ("empty", Skill("", "", ""))):
-        for task, entry, skill in (("a", bank.select("a"), right), ("c", None, None)):
-            assert {skill_sd.shown_skill(bank, task, entry, Config(skill_shown=how), k)
-                    for k in range(9)} == {skill}
-        bank.add("b", SKILLS[1])               # at first, no other task has one
-
-
-def test_skills_are_borrowed_of_the_nearest_task(tiny):
-    """Against one prompt at a time; a prompt's padding, and its own length, change nothing."""
+def test_skills_that_are_shown_are_own_others_empty_or_borrowed(tiny):
+    """The nearest task's by hand, one prompt at a time: its padding and length change nothing."""
     levels = generate_levels(4, seed=1, boxes=1) + generate_levels(6, seed=1, boxes=2)
     prompts = [Chat(tiny[1]).prompt("", SokobanEnv(level).reset()) for level in levels]
     bank, lenders, poor = SkillBank(c=1.0), [0, 2, 4, 5, 6], [1, 3, 7, 8, 9]
+    def shown(k=0, bank=bank, **how):
+        picks = {i: bank.select(i) for i in [0, *poor]}
+        found = skill_sd.shown_skills(bank, picks, prompts.__getitem__, tiny[0], Config(**how), k)
+        return [skill and skill.success_analysis for skill in found.values()]
     for i in lenders:
         bank.add(i, SKILLS[0])
         bank.credit(bank.select(i), 0.0)
         bank.add(i, Skill(f"of {i}", "", ""))
-    held = copy.deepcopy(bank.state_dict())
+        if i == 0:                             # at first, no other task has one
+            assert shown(skill_shown="other") == shown() == ["of 0"] + [None] * 5
+    held, none = copy.deepcopy(bank.state_dict()), [None] * 5
     with torch.no_grad():
         x = torch.stack([tiny[0].model(torch.tensor([ids])).last_hidden_state[0].mean(0)
                          for ids in prompts])
     x = x - x[lenders].mean(0)
-    nearest = {i: lenders[torch.cosine_similarity(x[lenders], x[i], dim=-1).argmax()] for i in poor}
-    def borrow(bank, how, k=0):
-        cfg = Config(borrow=how)
-        lent = skill_sd.borrow(bank, [0, *poor], prompts.__getitem__, tiny[0], cfg, k)
-        return {i: entry["skill"].success_analysis for i, entry in lent.items()}
-    assert borrow(bank, "nearest") == {i: f"of {lender}" for i, lender in nearest.items()}
-    assert len({*nearest.values()}) > 2 and bank.state_dict() == held
-    assert {x for k in range(9) for x in borrow(bank, "random", k).values()} == {
+    nearest = [lenders[torch.cosine_similarity(x[lenders], x[i], dim=-1).argmax()] for i in poor]
+    assert shown(borrow="nearest") == ["of 0"] + [f"of {lender}" for lender in nearest]
+    assert len({*nearest}) > 2 and shown() == ["of 0", *none]
+    assert shown(skill_shown="empty") == ["", *none]
+    assert shown(borrow="nearest", skill_shown="empty") == [""] * 6
+    assert {own for k in range(40) for own, *others in [shown(k, skill_shown="other")]
+            if others == none} == {f"of {i}" for i in lenders[1:]}
+    assert {x for k in range(9) for x in shown(k, borrow="random")[1:]} == {
         f"of {i}" for i in lenders}
-    assert borrow(bank, "no") == borrow(SkillBank(c=1.0), "nearest") == {}
+    assert shown(bank=SkillBank(c=1.0), borrow="nearest") == [None, *none]
+    assert bank.state_dict() == held
 
 
 # ---- Processes: killed, and more than one --------------------------------------------------------
@@ -913,7 +905,7 @@ def test_models_that_cannot_be_held_are_refused(tiny, tmp_path, name, settings, 
 @pytest.mark.parametrize("words, told", [
     *(("--" + told.replace("_", "-").replace("=", " "), told) for told in (
         "lr=inf", "lam=nan", "seed=-1", "max_turns=0", "group_size=1", "temperature=0.0",
-        "tasks_per_iteration=5", "max_context=200", "lam_until=2.0", "timid=1.5")),
+        "tasks_per_iteration=5", "max_context=200", "timid=1.5")),
     ("--actor teacher --skill-reader nobody", "skill_reader='nobody'"),
     ("--env appworld_adapter --summarizer rules", "summarizer='rules'"),
     ("--summarizer http://x", "summarizer_model=''"), ("--summarizer https//x", "='https//x'"),
@@ -922,12 +914,12 @@ def test_models_that_cannot_be_held_are_refused(tiny, tmp_path, name, settings, 
     ("--method opd,ppo", "method='ppo': must be all, or of base, skill_sd"),
     ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"),
     ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--device tpu", "--device"),
-    *[("--device cuda", "device='cuda': torch sees none")] * (not torch.cuda.is_available()),
+    *[("--device cuda", "device='cuda': none is here")] * (not torch.cuda.is_available()),
     ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
     ("--model no/such --summarizer self", "'no/such' cannot be loaded"),
     (f"--model {HERE} --summarizer self", f"'{HERE}' cannot be loaded"),
     ("--env no_such_world --summarizer self", "No module named 'no_such_world'"),
-    ("--tasks-per-iteration 6 --train-levels 5", "5 training tasks"),
+    ("--tasks-per-iteration 6 --train-levels 5", "len(world.train)=5"),
     ("--out /dev/null/x", "/dev/null")])
 def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(skill_sd, "RANKS", 2 - bool(re.search("out|env|6|--model", words)))

@@ -38,8 +38,8 @@ def skills_of(best, bank, model, prompt, cfg, k):
     for t in best:
         others = SkillBank(1.0)
         others.entries = {task: held for task, held in bank.entries.items() if task != t.task_id}
-        lent = skill_sd.borrow(others, [t.task_id], prompt, model, cfg, k)
-        nearest.append(lent[t.task_id]["skill"])
+        shown = skill_sd.shown_skills(others, {t.task_id: None}, prompt, model, cfg, k)
+        nearest.append(shown[t.task_id])
     own = [bank.entries[t.task_id][0]["skill"] for t in best]
     return {"own": own, "nearest": nearest, "another's": own[1:] + own[:1],
             "empty": [Skill("", "", "")] * len(own)}
