@@ -508,9 +508,10 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, twice, exact):
     saved.config.update(dict(attention_dropout=0.3, resid_pdrop=0.3))      # loading sets them to 0
     saved.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
-    model, teacher = (skill_sd.load_model(cfg, None)[0].double().train() for _ in range(2))
+    model, teacher, twin = (skill_sd.load_model(each, None)[0].double().train() for each in (
+        cfg, cfg, dataclasses.replace(cfg, gradient_checkpointing=0)))
     teacher.lm_head.weight.data *= 1.1
-    logp, mask, every = response_logps(model, batch, cfg, with_skill=reader == "student")
+    logp, mask, every = response_logps(twin, batch, cfg, with_skill=reader == "student")
     shown, _, wanted = response_logps(teacher, batch, cfg, with_skill=True)
     if not exact:
         shown[1::2] = logp[1::2]
@@ -518,7 +519,7 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, twice, exact):
     pg = grpo_loss(logp, logp.detach(), adv, mask, 0.2, 0.28)
     sdl = (sdl_loss(logp, shown.detach(), logp.detach(), mask) if not exact else
            (every.exp() * (every - wanted.detach())).sum() / mask.sum())
-    whole = torch.autograd.grad(0.6 * pg + cfg.lam * sdl, list(model.parameters()))
+    whole = torch.autograd.grad(0.6 * pg + cfg.lam * sdl, list(twin.parameters()))
     whole = torch.cat([gradient.flatten() for gradient in whole])
     skill_sd.score_as_teacher(teacher, batch, cfg, synced=True)
     assert [t.logp_teacher is None for t in batch] == [False, True] * 3
