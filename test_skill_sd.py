@@ -16,33 +16,37 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
-from transformers import PreTrainedTokenizerFast
 
 import appworld_adapter
 import skill_sd
 import sokoban_env
-from appworld_adapter import AppWorldEnv, cut
 from skill_sd import (Chat, Config, Skill, SkillBank, Trajectory, group_advantages, grpo_loss,
                       masked_mean, parse_skill, response_logps, rollout, sdl_loss, sync_teacher)
 from sokoban_env import (BLOCKED, MOVES, NO_MOVE, SokobanEnv, canonical, distances, generate_levels,
-                         move_probs, parse_action, parse_level, play_as, room_in, solve, to_xsb)
+                         move_probs, parse_action, parse_level, room_in, solve, to_xsb)
 
 torch.set_num_threads(1)             # on tensors this small, threads only wait for each other
 HERE = Path(__file__).parent
 SKILLS = [Skill("went up first", "none seen", "b2 up, b3 left"),
           Skill("1 of 2 boxes on goals", "pushed a box to d3 where it is stuck", "b2 down")]
+SAID = f"Sure!\n```json\n{json.dumps(vars(SKILLS[0]))}\n```"
+WRITTEN = {"choices": [{"message": {"content": SAID}}]}
+SMALL = ("--device cpu --iterations 6 --tasks-per-iteration 3 --train-levels 3 --test-levels 8 "
+         "--lr 0.01 --group-size 4 --max-turns 5 --min-moves 1 --max-moves 3 --warm-demos 64 "
+         "--save-every 1 --sync-every 2 --out").split()
+# Microban by David W. Skinner (April 2000); may be freely distributed provided it remains properly
+# credited. This level takes 107 moves.
+MICROBAN = "###### #####\n#    ###   #\n# $$     #@#\n# $ #...   #\n#   ########\n#####"
 
 
 @pytest.fixture(scope="session")
@@ -54,18 +58,17 @@ def tiny():
     return model, tokenizer
 
 
-def played(tiny, n=6, max_turns=4, skills=None, greedy=False, **settings):
+def played(tiny, n=6, max_turns=4, skills=None, greedy=False, seed=1, **settings):
     """Trajectories of n ragged episodes of the tiny model, and their Config."""
     envs = [SokobanEnv(x, 1 + i % max_turns) for i, x in enumerate(generate_levels(n, seed=3))]
     cfg, generator = Config(**dict(max_new_tokens=4) | settings), torch.Generator(tiny[0].device)
-    return rollout(*tiny, envs, cfg, skills, generator.manual_seed(1), greedy), cfg
+    return rollout(*tiny, envs, cfg, skills, generator.manual_seed(seed), greedy), cfg
 
 
 def smallest(out, **settings):
     """A Config that trains in seconds and comes back to its tasks."""
-    return Config(**dict(out=str(out), iterations=4, tasks_per_iteration=3, train_levels=3,
-                         test_levels=8, lr=1e-2, group_size=4, max_turns=5, min_moves=1, evals=0,
-                         max_moves=3, warm_demos=800, device="cpu") | settings)
+    typed = skill_sd.parse_args([*SMALL, str(out), *"--warm-demos 800 --evals 0".split()])
+    return Config(**typed | dict(iterations=4, save_every=10, sync_every=1) | settings)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -156,15 +159,16 @@ def test_parse_skill_forgives_what_surrounds_it_and_refuses_what_is_none():
     inner = [whole.replace("{d", f"\"{piece}\" {{d") for piece in ("up", "up, left", ",")]
     for text in (*inner, *(text[:-1] for text in inner), *(text[:-1] + ",}" for text in inner),
                  *(whole.replace('" a "', x) for x in ("1", "{}", "[1]", '{"x": "y"}', "false")),
-                 "", "no json", "{", "{" * 5000, '{"a":' * 3000, "[1, 2]", "null", "\x00\ud800",
-                 '{"success_analysis": "x"}', json.dumps(fields | dict(success_analysis=1)),
-                 dot.replace(".", " "), whole[:-3], " " * 10**6 + whole,
+                 "", "{" * 5000, '{"a":' * 3000, "[1, 2]", "null", dot.replace(".", " "),
+                 '{"success_analysis": "x"}', whole[:-3], " " * 10**6 + whole,
                  '{"success_analysis": "a", "mistake_analysis": "b"} {"golden_workflow": "c"}'):
         pytest.raises(ValueError, parse_skill, text).match("no JSON object with")
 
 
 def test_ucb_by_hand():
-    bank, greedy, (a, b) = SkillBank(c=1.0), SkillBank(c=0.0), SKILLS
+    """And the bank takes only what is new, and drops the worst."""
+    bank, greedy, small = SkillBank(c=1.0), SkillBank(c=0.0), SkillBank(c=1.0, size=2)
+    a, b, c = (Skill(name, "", "") for name in "abc")
     assert bank.select("t") is None
     for task, skill in (("t", a), ("t", b), ("other", a)):
         bank.add(task, skill)
@@ -180,10 +184,6 @@ def test_ucb_by_hand():
         bank.credit(bank.select("other"), 0.0) # N is per task
     greedy.load_state_dict(json.loads(json.dumps(bank.state_dict())))
     assert greedy.entries == bank.entries and greedy.select("t")["skill"] == a
-
-
-def test_bank_takes_only_what_is_new_and_drops_the_worst():
-    bank, (a, b, c) = SkillBank(c=1.0, size=2), (Skill(name, "", "") for name in "abc")
     for reward, wanted, skill, held, credited in (
             (0.0, True, a, [a], ()), (1.0, True, a, [a], ()), (0.5, True, b, [a, b], ()),
             (0.2, False, c, [a, b], [(0, 0.7), (0, 0.2), (1, 0.2)]),   # it has to beat every one
@@ -191,12 +191,12 @@ def test_bank_takes_only_what_is_new_and_drops_the_worst():
             (0.0, True, c, [a, c], ()),                    # b: mean 0.2; a: 0.45
             (0.6, True, b, [c, b], [(0, 0.4)] * 2 + [(1, 0.2)] * 5),   # c is untried: it may stay
             (0.0, True, a, [c, a], ())):                   # the worst mean goes, not the worst sum
-        assert bank.wants("t", reward) == wanted
+        assert small.wants("t", reward) == wanted
         if wanted:
-            bank.add("t", skill, reward)
-        assert [e["skill"] for e in bank.entries["t"]] == held
+            small.add("t", skill, reward)
+        assert [e["skill"] for e in small.entries["t"]] == held
         for i, credit in credited:
-            bank.credit(bank.entries["t"][i], credit)
+            small.credit(small.entries["t"][i], credit)
 
 
 # ---- Prompts, of templates and tokenizers as real models have them -------------------------------
@@ -248,7 +248,8 @@ def spoken(request):
         "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
         "<think>", "</think>", "\n\n\n", "think>up")])          # not special; two overlap
     tokenizer = sokoban_env.tiny_tokenizer(6) if form == TINY else (
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
+                                             eos_token="</s>"))
     tokenizer.chat_template = form
     tokenizer.backend_tokenizer.enable_truncation(max_length=8)        # `encode` ignores both
     tokenizer.backend_tokenizer.enable_padding(length=900)
@@ -307,22 +308,16 @@ def test_teacher_sees_skill_only(spoken):
         assert cut in cuts and more - 2 <= len(cut) - len(whole()) <= more + 2
 
 
-def test_templates_that_cannot_be_followed_are_refused(tiny):
-    tokenizer, form, lost = copy.deepcopy(tiny[1]), template(*CHATML), "a text is changed or lost"
-    for tokenizer.chat_template, reason in (
-            (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
-            (form.replace("m.content", "m.content | upper"), lost), ("{{ 1 + 'x' }}", "operand"),
-            (form.replace("m.content", "m.content * 2"), lost), (None, "template is not set")):
-        pytest.raises(ValueError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
-
-
-# ---- Rollout and scoring -------------------------------------------------------------------------
-def watch(model, call, *args, **kwargs):
-    """What a call returns, and the ids (B, L) of each forward pass during it."""
-    seen = []
-    with model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]),
-                                         with_kwargs=True):
-        return call(*args, **kwargs), seen
+# ---- Rollout, scoring, one update ----------------------------------------------------------------
+def recorded(monkeypatch, owner, *names):
+    """The calls of these functions from now on, by name: [(arguments, result)]."""
+    calls = {name: [] for name in names}
+    for name in names:
+        def spy(*args, real=getattr(owner, name), seen=calls[name], **keywords):
+            seen.append((args + tuple(keywords.values()), real(*args, **keywords)))
+            return seen[-1][1]
+        monkeypatch.setattr(owner, name, spy)
+    return calls
 
 
 def world(texts, reward=0.5, meet=int, **more):
@@ -338,21 +333,25 @@ def world(texts, reward=0.5, meet=int, **more):
         close=lambda: told.append("closed"), **more)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature, greedy", [(1.0, False), (0.7, True)])
 @pytest.mark.parametrize("how", [{}, dict(skill_reader="student", lam=0.0), dict(actor="teacher")])
-def test_rescoring_gives_the_recorded_logps(tiny, temperature, how):
+def test_rescoring_gives_the_recorded_logps(tiny, temperature, greedy, how, monkeypatch):
     """And those of each row by hand. The student's rows never hold a skill that it may not read."""
     model, skills, notes = tiny[0], [None, *SKILLS] * 2, tiny[1].convert_tokens_to_ids("Notes")
-    (batch, cfg), ids = watch(model, played, tiny, skills=skills, temperature=temperature, **how)
-    assert [(each == notes).sum() for each in ids] == [4 * bool(how)] + [0] * (len(ids) - 1)
+    passes = recorded(monkeypatch, model.model, "forward")["forward"]
+    batch, cfg = played(tiny, skills=skills, greedy=greedy, rollout_batch=4,
+                        temperature=temperature, **how)
+    assert sum((ids == notes).sum() for (ids, *_), _ in passes) == 4 * bool(how)
     assert len({len(t.ids) for t in batch}) > 3                # ragged indeed
-    recorded = torch.tensor([x for t in batch for x in t.logps])
+    sampled = torch.tensor([x for t in batch for x in t.logps])
     for with_skill in (False, True):
-        (logp, mask, every), (rows,) = watch(model, response_logps, model, batch, cfg, with_skill)
-        chosen = torch.tensor([y for t in batch for y, sampled in zip(t.ids, t.mask) if sampled])
+        logp, mask, every = response_logps(model, batch, cfg, with_skill)
+        (rows, *_), _ = passes[-1]
+        chosen = torch.tensor([y for t in batch for y, used in zip(t.ids, t.mask) if used])
         assert torch.equal(every.gather(1, chosen[:, None])[:, 0], logp[mask])
-        gap = (logp[mask] - recorded).abs().max()
+        gap = (logp[mask] - sampled).abs().max()
         assert gap < 1e-4 if with_skill == bool(how) else gap > 0.1
+        assert with_skill != bool(how) or (every.argmax(-1) == chosen).all() == greedy
         assert (logp[~mask] == 0).all()
         for t, skill, row, scored, used in zip(batch, skills, rows.tolist(), logp, mask):
             prompt = t.skill_prompt if with_skill else t.prompt
@@ -364,7 +363,7 @@ def test_rescoring_gives_the_recorded_logps(tiny, temperature, how):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text"])
-def test_sampling_equals_scoring_in_every_architecture(tiny, name):
+def test_sampling_equals_scoring_in_every_architecture(tiny, name, monkeypatch):
     """Ragged conversations longer than a sliding window, with texts longer than is read at once."""
     torch.manual_seed(0)
     mixed = dict(query_pre_attn_scalar=16, attn_logit_softcapping=5.0, layer_types=[
@@ -377,63 +376,50 @@ def test_sampling_equals_scoring_in_every_architecture(tiny, name):
     envs = [world(["Notes" + " up" * length for length in lengths]) for lengths in (
         (530, 3, 9), (40, 530), (40, 530, 0, 1), (600, 0, 513, 2), (503, 503))]
     cfg = Config(max_context=4096, max_new_tokens=3)
-    trajectories, seen = watch(model, rollout, model, tiny[1], envs, cfg)
-    assert max(ids.shape[1] for ids in seen) == 512
+    passes = recorded(monkeypatch, model.model, "forward")["forward"]
+    trajectories = rollout(model, tiny[1], envs, cfg)
+    seen = [ids.shape for (ids, *_), _ in passes]
+    assert max(length for _, length in seen) == 512 and seen[0][0] == 4      # two prompts are equal
     logp, mask, _ = response_logps(model, trajectories, cfg)
     gap = logp[mask] - torch.tensor([x for t in trajectories for x in t.logps])
     assert len(gap) > 12 and gap.abs().max() < 1e-4
 
 
-def test_greedy_rollout_equals_stateless_decoding_in_any_batches(tiny):
-    found = {}
-    for batch, rows in ((8, 4), (5, 4)):       # equal prompts are read once
-        envs = [SokobanEnv(level, 3) for level in generate_levels(4, seed=8) * 2]
-        cfg, skills = Config(max_new_tokens=3, rollout_batch=batch), [*SKILLS, None, None] * 2
-        found[batch], (first, *_) = watch(tiny[0], rollout, *tiny, envs, cfg, skills, greedy=True)
-        order = [(env.task_id, skill) for env, skill in zip(envs, skills)]
-        assert len(first) == rows and [(t.task_id, t.skill) for t in found[batch]] == order
-    for t, other in zip(*found.values()):
-        assert (t.ids, t.messages) == (other.ids, other.messages)
-        for i, y in enumerate(t.ids):
-            ids = torch.tensor([t.prompt + t.ids[:i]])
-            assert not t.mask[i] or tiny[0](ids).logits[0, -1].argmax().item() == y
-
-
-def test_answers_follow_the_generator_and_their_ends_are_action_tokens(tiny):
-    trajectories, again, other = (rollout(
-        *tiny, [world(["up"] * n) for n in (2, 3, 90)], Config(max_new_tokens=3, rollout_batch=2),
-        None, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert [t.ids for t in trajectories] == [t.ids for t in again] != [t.ids for t in other]
+def test_answers_and_conversations_end_where_they_must(tiny):
+    """Answers follow the generator; the next one, and a skill, have to fit into max_context."""
     p, n = torch.tensor([0.1, 0.2, 0.7]), 10_000
     drawn = skill_sd.sample_answers(lambda chunks: p.log().expand(n, 3), [[0]] * n, {}, Config(),
                                     torch.Generator().manual_seed(0), greedy=False)
-    assert abs(np.bincount([ids[0] for ids, _ in drawn]) / n - p.numpy()).max() < 0.02
-    ends, both = tiny[0].generation_config.eos_token_id, trajectories + other
-    for t in both:
-        text = " ".join(str(y) if m else "/" for y, m in zip(t.ids, t.mask))
-        answers = [[int(y) for y in run.split()] for run in text.split("/") if run.strip()]
-        assert len(t.logps) == sum(t.mask) and t.turns == len(t.messages) // 2 == len(answers)
-        for *begun, last in answers:
-            assert not any(y in ends for y in begun) and (last in ends or len(begun) == 2)
-        assert t.counts["cut_answers"] == sum(answer[-1] not in ends for answer in answers)
-        assert not any("<|" in m["content"] for m in t.messages)
-    assert 0 < sum(t.counts["cut_answers"] for t in both) < sum(t.turns for t in both)
-
-
-def test_long_conversations_end_as_truncated(tiny):
-    chat, n = Chat(tiny[1]), 0
-    for limit in range(70, 90, 2):             # the next answer, and a skill, have to fit as well
-        for i, t in enumerate(played(tiny, max_turns=6, max_context=limit, max_skill_tokens=20,
-                                     skills=SKILLS * 3)[0]):
+    drawn = torch.tensor([ids[0] for ids, _ in drawn])
+    assert (drawn.bincount() / n - p).abs().max() < 0.02
+    chat, ends, every = Chat(tiny[1]), tiny[0].generation_config.eos_token_id, []
+    for limit in range(70, 90, 2):
+        batch, again, other = (
+            played(tiny, max_turns=6, max_context=limit, max_skill_tokens=20, skills=SKILLS * 3,
+                   rollout_batch=4, seed=seed)[0] for seed in (1, 1, 2))
+        assert [t.ids for t in batch] == [t.ids for t in again] != [t.ids for t in other]
+        every += batch
+        for i, t in enumerate(batch):
+            text = " ".join(str(y) if m else "/" for y, m in zip(t.ids, t.mask))
+            answers = [[int(y) for y in run.split()] for run in text.split("/") if run.strip()]
+            assert len(t.logps) == sum(t.mask) and t.turns == len(t.messages) // 2 == len(answers)
+            for *begun, last in answers:
+                assert not any(y in ends for y in begun) and (last in ends or len(begun) == 3)
+            assert t.counts["cut_answers"] == sum(answer[-1] not in ends for answer in answers)
             following = chat.next_turn(t.messages[-1]["content"], t.ids[-1])
             room = limit - len(t.prompt + t.ids) - 20 - 2      # "\n\n" are two tokens at most
             assert 0 <= room and len(t.skill_prompt + t.ids) <= limit and t.mask[-1]
             assert t.counts["truncated"] == (t.turns < 1 + i and t.reward < 1)
             assert not t.counts["truncated"] or len(following) + 4 > room
-            n += t.counts["truncated"]
+    assert 0 < sum(t.counts["cut_answers"] for t in every) < sum(t.turns for t in every)
+    assert sum(t.counts["truncated"] for t in every) > 10
+    generator = torch.Generator().manual_seed(2)
+    (t,) = rollout(*tiny, [world(["up"] * 200)], Config(max_new_tokens=3), None, generator)
+    assert any(y < 5 for y, used in zip(t.ids, t.mask) if used)          # control tokens, not shown
+    assert not any("<|" in m["content"] for m in t.messages)
     env = world(["up " * 20] * 3)
     (t,) = rollout(*tiny, [env], Config(max_context=20, max_skill_tokens=10))
-    assert n > 10 and t.counts["truncated"] and math.isnan(t.reward) and env.told[1:] == ["closed"]
+    assert t.counts["truncated"] and math.isnan(t.reward) and env.told[1:] == ["closed"]
 
 
 @pytest.mark.parametrize("threads", [{}, dict(concurrent=True)])
@@ -449,8 +435,7 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         assert [m["content"] for m in t.messages[::2]] == env.texts and t.turns == len(env.told) - 2
         assert [None, *(m["content"] for m in t.messages[1::2]), "closed"] == env.told
         assert t.counts.items() >= getattr(env, "counts", dict(truncated=0)).items()
-    for name, value in (("completion", None), ("completion", "1"), ("step", "up"),
-                        ("step", ("up", 0.0, True)), ("step", (1, True))):
+    for name, value in ("completion", ""), ("step", "up"), ("step", ("", 0, 1)), ("step", (1, 1)):
         broken = types.SimpleNamespace(**vars(world(["up"] * 2)) | {name: lambda *args: value})
         told = pytest.raises(AssertionError, rollout, *tiny, [broken], cfg)
         told.match(rf"SimpleNamespace.{name} returned .* (is a number|are a str and a bool)")
@@ -458,7 +443,6 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
     pytest.raises(KeyError, rollout, *tiny, raises, cfg)       # one that raises ends the run
 
 
-# ---- One update ----------------------------------------------------------------------------------
 def one_step(model, batch, cfg, lr=0.0, teacher=None):
     """The metrics of one `update`, and its gradient as one vector."""
     for t in batch:
@@ -467,17 +451,6 @@ def one_step(model, batch, cfg, lr=0.0, teacher=None):
     optimizer.register_step_pre_hook(                          # later they are cleared
         lambda *args: grads.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
     return skill_sd.update(model, optimizer, batch, cfg, teacher), grads[-1]
-
-
-def recorded(monkeypatch, owner, *names):
-    """The calls of these functions from now on, by name: [(arguments, result)]."""
-    calls = {name: [] for name in names}
-    for name in names:
-        def spy(*args, real=getattr(owner, name), seen=calls[name], **keywords):
-            seen.append((args + tuple(keywords.values()), real(*args, **keywords)))
-            return seen[-1][1]
-        monkeypatch.setattr(owner, name, spy)
-    return calls
 
 
 @pytest.mark.parametrize("precision, low, high", [("float32", 0, 1e-4), ("bfloat16", 1e-4, 0.5)])
@@ -550,10 +523,9 @@ def test_updates_move_rho_are_clipped_and_stop_at_what_is_not_finite(tiny):
     assert metrics["rho_minus_1"] > 1e-4 and metrics["rollout_gap"] < 1e-4   # logp_old stays
     assert 0 < metrics["clip_fraction"] < 1                    # the share of tokens that fell
     before = copy.deepcopy(model.state_dict())
-    for cfg.lam, teacher, message in ((math.nan, -1.0, "norm=nan"), (1.0, 800.0, "'sdl_loss': inf"),
-                                      (math.nan, 800.0, "norm=nan")):        # value e**800
+    for cfg.lam, teacher, told in (math.nan, -1.0, "norm=nan"), (1.0, 800.0, "'sdl_loss': inf"):
         batch[0].logp_teacher = torch.full_like(batch[0].logp_old, teacher)
-        pytest.raises(AssertionError, one_step, model, batch, cfg, lr=1.0).match(message)
+        pytest.raises(AssertionError, one_step, model, batch, cfg, lr=1.0).match(told)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
@@ -563,10 +535,10 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     """Skills, advantages and credits meet their episodes, also where one is lost, or a group."""
     rewards = [0.1, math.nan, 0.7, 0.7, 0.2, 0.9, 0.9, 0.9] + [math.nan] * 4
     turns = [5, 1, 4, 3, 2, 5, 2, 4] + [1] * 4         # best of their group, then shortest: 3, 6
-    frozen, off_policy, writes = "frozen" in method, "off_policy" in method, method != "grpo"
-    taught = method not in ("grpo", "skill_grpo")
+    frozen, off_policy, falls, borrows = (
+        word in method for word in ("frozen", "off_policy", "falling", "borrowed"))
+    writes, taught = method != "grpo", "grpo" not in method
     cfg = smallest(tmp_path.parent, method=method, **dict(sync_every=2) | skill_sd.METHODS[method])
-    falls, borrows = "falling" in method, "borrowed" in method
     assert (cfg.reward_weight, cfg.lam) == (
         (0, 1) if method == "opd" else (1, (0.3 if falls and borrows else 0.1) * taught))
     assert cfg.skill_shown == (method.split("_")[0] if method[:5] in ("other", "empty") else "own")
@@ -596,7 +568,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
             (task, skill) for task, skill in shown.items() for _ in range(4)]
         reads_skill = off_policy or method == "skill_grpo"
         assert [t.skill_prompt if reads_skill else t.prompt for t in out] in read
-        due += [(entry, pytest.approx(x)) for entry, x in zip(picks.values(), (0.5, 0.725)) if entry]
+        due += [(e, pytest.approx(x)) for e, x in zip(picks.values(), (0.5, 0.725)) if e]
         (chosen, *_), skills = calls["summarize"][k]
         assert len(chosen) == 2 * writes or k > 0
         wanted = [ok for _, ok in calls["wants"][2 * k:2 * k + 2]]
@@ -618,8 +590,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
         (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
-    cfg.save_every = 99                        # may change when a run goes on
-    assert skill_sd.run_folder(cfg) == folder
+    assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=99)) == folder    # may change
     typed = dict(model=str(folder / "student"), out=cfg.out, device="cpu")
     again = skill_sd.configure(typed, "base", cfg.seed)        # its settings, less the method's
     assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
@@ -637,8 +608,8 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
 def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
     cfg, tasks = Config(tasks_per_iteration=4, iterations=40, curriculum=0.5), range(40)
     for k, last in ((0, 9), (10, 24), (20, 39), (39, 39)):
-        cfgs = [dataclasses.replace(cfg, seed=seed) for seed in range(60)]
-        picks = [{*skill_sd.pick_tasks(tasks, each, k)} for each in cfgs]
+        picks = [{*skill_sd.pick_tasks(tasks, dataclasses.replace(cfg, seed=seed), k)}
+                 for seed in range(60)]
         assert (min(set.union(*picks)), max(set.union(*picks))) == (0, last)
         assert all(len(pick) == 4 for pick in picks)
     assert skill_sd.pick_tasks(tasks, cfg, 38) != skill_sd.pick_tasks(tasks, cfg, 39)
@@ -673,20 +644,14 @@ def test_skills_that_are_shown_are_own_others_empty_or_borrowed(tiny):
     assert len({*nearest}) > 2 and shown() == ["of 0", *none]
     assert shown(skill_shown="empty") == ["", *none]
     assert shown(borrow="nearest", skill_shown="empty") == [""] * 6
-    assert {own for k in range(40) for own, *others in [shown(k, skill_shown="other")]
-            if others == none} == {f"of {i}" for i in lenders[1:]}
-    assert {x for k in range(9) for x in shown(k, borrow="random")[1:]} == {
-        f"of {i}" for i in lenders}
+    others = {f"of {i}" for i in lenders[1:]}
+    assert {shown(k, skill_shown="other")[0] for k in range(40)} == others
+    assert {x for k in range(9) for x in shown(k, borrow="random")[1:]} == others | {"of 0"}
     assert shown(bank=SkillBank(c=1.0), borrow="nearest") == [None, *none]
     assert bank.state_dict() == held
 
 
 # ---- Processes: killed, and more than one --------------------------------------------------------
-SMALL = ("--device cpu --iterations 6 --tasks-per-iteration 3 --train-levels 3 --test-levels 8 "
-         "--lr 0.01 --group-size 4 --max-turns 5 --min-moves 1 --max-moves 3 --warm-demos 64 "
-         "--save-every 1 --sync-every 2 --out").split()
-
-
 def main(*words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["skill_sd.py", *words])
@@ -694,8 +659,7 @@ def main(*words):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """Killed five times, with a file half written, and started again: the same bit for bit as one
-    whose runs had a process each."""
+    """Killed five times, once in mid-file: bit for bit as one whose runs had a process each."""
     said = subprocess.run([sys.executable, HERE / "skill_sd.py", *SMALL, tmp_path / "a", "--jobs",
                            str(os.cpu_count())], check=True, capture_output=True, text=True).stdout
     assert "skill_sd - base" in said
@@ -724,10 +688,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
         twin = tmp_path / "b" / folder.name
         for name in ("result.json", "bank.json", "student/model.safetensors"):
             assert (folder / name).read_bytes() == (twin / name).read_bytes()
-    logs = [re.sub('"seconds.*', "", (out / "log.jsonl").read_text()) for out in (folder, twin)]
+    logs = [re.sub('"seconds.*?, ', "", (out / "log.jsonl").read_text()) for out in (folder, twin)]
     assert logs[0] == logs[1] and logs[0].count("\n") == 6
     *curve, (last, _) = json.loads((folder / "result.json").read_text())["curve"]
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    lines = map(json.loads, logs[0].splitlines())
     assert last == 6 and curve == [[k, x["heldout_sampled"]] for k, x in enumerate(lines)]
 
 
@@ -767,6 +731,29 @@ def test_two_processes_are_one(tmp_path):
     assert len(result["sampled"]) == 8 and all(
         bank and set(bank) <= set(train[i::2]) for i, bank in enumerate(banks))
     assert skill_sd.run_folder(cfg) != folder                  # one process begins anew
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda(tiny):
+    """It samples as it scores, plays as the CPU does, and one process sums over itself by NCCL. The
+    peak of memory is printed beside .ci/fit.py's."""
+    model = copy.deepcopy(tiny[0]).cuda()
+    batch, cfg = played((model, tiny[1]), precision="bfloat16")
+    one_step(model, batch, cfg)                # now the libraries have what they keep
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    metrics, _ = one_step(model, batch, cfg)
+    assert metrics["log_ratio"] == 0 and metrics["rollout_gap"] <= 0.1
+    tokens, actions = sum(len(t.prompt + t.ids) for t in batch), sum(len(t.logps) for t in batch)
+    formula = runpy.run_path(str(HERE / ".ci" / "fit.py"))["memory"](
+        (64, 128, 2, 4, 2, 16, len(tiny[1])), sum(p.numel() for p in model.parameters()), 1, 1,
+        tokens, actions, "bfloat16")
+    print(f"peak of one update {torch.cuda.max_memory_allocated() - before}, formula {formula}")
+    games = [played((on, tiny[1]), greedy=True)[0] for on in (model, tiny[0])]
+    assert [t.ids for t in games[0]] == [t.ids for t in games[1]]
+    done = torchrun("tests.torch.distributed.init_process_group('nccl')\ntests.skill_sd.RANKS = 2\n"
+                    "print(tests.skill_sd.all_sum(tests.torch.ones(2, device='cuda')).tolist())", 1)
+    assert done.stdout == "[1.0, 1.0]\n", done.stderr
 
 
 # ---- Summarizers ---------------------------------------------------------------------------------
@@ -810,32 +797,25 @@ def serving(answer, drip=0):
         server.shutdown()
 
 
-SAID = f"Sure!\n```json\n{json.dumps(vars(SKILLS[0]))}\n```"
-WRITTEN = {"choices": [{"message": {"content": SAID}}]}
-
-
 def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsys):
     """Three at once. A bad one costs skills only; what it says is printed, the key never."""
-    def meeting(function):
-        def met(*args):
-            together.wait()
-            return function(*args)
-        return met
+    def meet(*args):
+        together.wait()
+        return DEFAULT
     together = threading.Barrier(4, timeout=20)
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")           # as it stands in a file
-    monkeypatch.setattr(skill_sd, "update", meeting(skill_sd.update))
+    monkeypatch.setattr(skill_sd, "update", Mock(wraps=skill_sd.update, side_effect=meet))
     calls = recorded(monkeypatch, skill_sd, "summarize")["summarize"]
-    with serving(meeting(lambda number: (200, WRITTEN))) as (url, asked):
+    with serving(Mock(return_value=(200, WRITTEN), side_effect=meet)) as (url, asked):
         cfg = smallest(tmp_path.parent, iterations=1, summarizer=url, summarizer_model="m",
                        summary_tokens=77)
         skill_sd.train(cfg)
-    ((batch, *_), _), = calls
+    ((batch, *_), skills), = calls
+    assert [skill for _, skill in skills] == [SKILLS[0]] * 3
     wanted = [("/v1/chat/completions", "Bearer secret", dict(model="m", max_tokens=77, messages=[
         dict(role="system", content=skill_sd.SUMMARIZER_PROMPT),
         dict(role="user", content=t.transcript())])) for t in batch]
     assert sorted(asked, key=str) == sorted(wanted, key=str)
-    (bank,) = json.loads((skill_sd.run_folder(cfg) / "bank.json").read_text())
-    assert [e["skill"] for (e,) in bank.values()] == [vars(SKILLS[0])] * 3
     batch, waits = batch[:1], []
     monkeypatch.setattr(skill_sd.time, "sleep", waits.append)
     capsys.readouterr()
@@ -857,8 +837,7 @@ def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsy
                 cfg.summarizer, asked):
             start = time.monotonic()
             assert "timed" in skill_sd.ask_server(batch[0], cfg, timeout=0.2) or drip
-            assert len(asked) == 3
-            assert time.monotonic() - start < 0.9
+            assert len(asked) == 3 and time.monotonic() - start < 0.9
     for key in ("secret", "secret\nsecret", "secret\u2026"):   # the server is gone
         monkeypatch.setenv("OPENAI_API_KEY", key)
         assert skill_sd.summarize(batch, None, None, cfg, None) == []
@@ -889,18 +868,26 @@ def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
     assert at_once.mean() < 0.5 * fresh.mean()
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("Mamba", dict(state_size=4), "cache"), ("Llama", dict(max_position_embeddings=1000), "=1024"),
-    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "cache"),
-    ("Llama", dict(layer_types=["linear_attention", "full_attention"]), "cache")])
-def test_models_that_cannot_be_held_are_refused(tiny, tmp_path, name, settings, message):
-    config = getattr(transformers, f"{name}Config")(num_attention_heads=4, hidden_size=32,
-        vocab_size=len(tiny[1]), num_hidden_layers=2, **settings)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny[1].save_pretrained(tmp_path)
-    cfg, refused = Config(model=str(tmp_path)), (ValueError, AssertionError)
-    told = pytest.raises(refused, skill_sd.load_model, cfg, None)
-    told.match(f"{cfg.model}.*{message}|{message}.*{cfg.model}")
+def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path):
+    """A model that the cache does not hold, or is too short; a template that changes with turns."""
+    tokenizer, form, lost = copy.deepcopy(tiny[1]), template(*CHATML), "a text is changed or lost"
+    tokenizer.save_pretrained(tmp_path)
+    for name, settings, message in (
+            ("Mamba", dict(state_size=4), "cache"),
+            ("Llama", dict(max_position_embeddings=1000), "max_context=1024"),
+            ("Llama", dict(layer_types=["linear_attention", "full_attention"]), "cache"),
+            ("Llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "cache")):
+        transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(
+            num_attention_heads=4, hidden_size=32, vocab_size=len(tokenizer), num_hidden_layers=2,
+            **settings)).save_pretrained(tmp_path)
+        told = pytest.raises((ValueError, AssertionError), skill_sd.load_model,
+                             Config(model=str(tmp_path)), None)
+        assert message in str(told.value) and str(tmp_path) in str(told.value)
+    for tokenizer.chat_template, reason in (
+            (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
+            (form.replace("m.content", "m.content | upper"), lost), ("{{ 1 + 'x' }}", "operand"),
+            (form.replace("m.content", "m.content * 2"), lost), (None, "template is not set")):
+        pytest.raises(ValueError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
 
 
 @pytest.mark.parametrize("words, told", [
@@ -968,68 +955,32 @@ def test_main_prints_a_table(seeds, base, opd, paired, monkeypatch, capsys):
 
 
 def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
-    """They run one after the other among a few imports and nothing else."""
-    names = dict(json=json, math=math, re=re, torch=torch, suppress=contextlib.suppress,
-                 asdict=dataclasses.asdict, dataclass=dataclasses.dataclass)
-    for part in (masked_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill, SkillBank):
-        exec(inspect.getsource(part), names)
-    lifted, x = types.SimpleNamespace(**names), torch.zeros(2, 3)
-    lifted.sdl_loss(x, x, x, x == 0)
-    lifted.grpo_loss(x, x, lifted.group_advantages([0, 1], 2), x == 0, 0.2, 0.28)
-    bank = lifted.SkillBank(c=1.0, size=1)
-    bank.add("t", lifted.parse_skill(json.dumps(vars(SKILLS[0]))))
-    bank.credit(bank.select("t"), 1.0)
-    bank.load_state_dict(bank.state_dict())
-    assert bank.wants("t", 1.0) and bank.select("t")
+    """The README's trainer runs as it stands among these pieces, a few imports and nothing else,
+    and moves a policy of five tokens to the teacher."""
     monkeypatch.chdir(tmp_path)
     runpy.run_path(skill_sd.__file__)                          # importing prints and trains nothing
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
-    # The README's trainer runs as it stands, and moves a policy of five tokens to the teacher.
     (code,) = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     model, y = torch.zeros(5, requires_grad=True), torch.tensor([[0, 1], [2, 3]])
     def sample(model, prompt):
-        names["bank"].add("t", SKILLS[0])
+        names["bank"].add("t", names["parse_skill"](SAID))
         return y, torch.ones(2, 2), score(model, prompt, y).detach(), torch.tensor([0.0, 1.0])
     def score(model, prompt, y):               # who reads a skill prefers late tokens
         return (model + ("What worked" in prompt) * torch.arange(5)).log_softmax(-1)[y]
-    names = vars(skill_sd) | dict(
-        tasks=[("t", "go")] * 3, model=model, sample=sample, score=score,
-        your_loss=lambda logp, old, rewards, mask: grpo_loss(
-            logp, old, group_advantages(rewards, 2), mask, 0.2, 0.28))
+    def your_loss(logp, old, rewards, mask):
+        return names["grpo_loss"](logp, old, names["group_advantages"](rewards, 2), mask, 0.2, 0.28)
+    names = dict(json=json, math=math, re=re, torch=torch, suppress=contextlib.suppress,
+                 asdict=dataclasses.asdict, dataclass=dataclasses.dataclass,
+                 SKILL_TEXT=skill_sd.SKILL_TEXT, tasks=[("t", "go")] * 3, model=model,
+                 sample=sample, score=score, your_loss=your_loss)
+    for part in (masked_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill, SkillBank):
+        exec(inspect.getsource(part), names)
     exec(code, names)
-    assert names["entry"]["picks"] == 2 and model.grad[0] != 0
+    names["bank"].load_state_dict(names["bank"].state_dict())
+    assert names["bank"].select("t")["picks"] == 2 and model.grad[0] != 0
 
 
-# ---- On a GPU ------------------------------------------------------------------------------------
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda(tiny):
-    """It samples as it scores, plays as the CPU does, and one process sums over itself by NCCL. The
-    peak of memory is printed beside .ci/fit.py's."""
-    model = copy.deepcopy(tiny[0]).cuda()
-    batch, cfg = played((model, tiny[1]), precision="bfloat16")
-    one_step(model, batch, cfg)                # now the libraries have what they keep
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    metrics, _ = one_step(model, batch, cfg)
-    assert metrics["log_ratio"] == 0 and metrics["rollout_gap"] <= 0.1
-    tokens, actions = sum(len(t.prompt + t.ids) for t in batch), sum(len(t.logps) for t in batch)
-    formula = runpy.run_path(str(HERE / ".ci" / "fit.py"))["memory"](
-        (64, 128, 2, 4, 2, 16, len(tiny[1])), sum(p.numel() for p in model.parameters()), 1, 1,
-        tokens, actions, "bfloat16")
-    print(f"peak of one update {torch.cuda.max_memory_allocated() - before}, formula {formula}")
-    games = [played((on, tiny[1]), greedy=True)[0] for on in (model, tiny[0])]
-    assert [t.ids for t in games[0]] == [t.ids for t in games[1]]
-    done = torchrun("tests.torch.distributed.init_process_group('nccl')\ntests.skill_sd.RANKS = 2\n"
-                    "print(tests.skill_sd.all_sum(tests.torch.ones(2, device='cuda')).tolist())", 1)
-    assert done.stdout == "[1.0, 1.0]\n", done.stderr
-
-
-# Microban by David W. Skinner (April 2000); may be freely distributed provided it remains properly
-# credited. This level takes 107 moves.
-MICROBAN = "###### #####\n#    ###   #\n# $$     #@#\n# $ #...   #\n#   ########\n#####"
-
-
-# ---- Sokoban -------------------------------------------------------------------------------------
+# ---- Sokoban, hostile text -----------------------------------------------------------------------
 def test_levels_are_read_or_refused_solved_optimally_and_generated():
     for text, message in (
             ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"),
@@ -1049,9 +1000,8 @@ def test_levels_are_read_or_refused_solved_optimally_and_generated():
     two = parse_level("#######\n#@$$..#\n#######")
     assert two.after(3) is two                                 # nobody is that strong
     assert solve(parse_level("#####\n#$ @#\n# . #\n#####")) is None       # a box in a corner
-    # Generated levels are exact, distinct, and the same everywhere.
     given = dict(n=60, seed=11, min_moves=3, max_moves=15)
-    levels = generate_levels(**given)
+    levels = generate_levels(**given)          # exact, distinct, and the same everywhere
     assert sokoban_env.derived_seed(*map(to_xsb, levels)) == 6184254315946153153       # a digest
     assert all(len(solve(level)) == level.moves and 3 <= level.moves <= 15 for level in levels)
     flipped = [parse_level("\n".join(map("".join, zip(*to_xsb(x).split("\n"))))) for x in levels]
@@ -1064,12 +1014,12 @@ def test_levels_are_read_or_refused_solved_optimally_and_generated():
 
 
 def test_environment_reads_tolerantly_counts_and_ends():
-    for text, move in (("I go LEFT", 2), ("up, then left", 2), ("<answer>jump</answer> left", None),
+    for text, move in (("Up, then LEFT", 2), ("<answer>jump</answer> left", None),
                        ("<answer> Down! </answer> not up", 1), ("upwards uplift", None),
                        ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3),
                        ("<answer>up then left", 0), ("<answer>not up but left</answer>", 2),
-                       ("<answer>push up, push left</answer>", 0), ("<answer>up<answer>", 0),
-                       ("<answer>1. up, 2. left</answer>", 0), ("so <answer>up\nright", 0),
+                       ("<answer>up<answer>", 0), ("so <answer>up\nright", 0),
+                       ("<answer>1. up, 2. left</answer>", 0),
                        ("<answer>up</answer></think>move_left", 2), ("<think>up", None),
                        ("<answer>right (push the box to e4), down</answer>", 3)):
         assert parse_action(text) == move
@@ -1113,14 +1063,11 @@ def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
         level = parse_level(text)
         probs = move_probs(level, level.player, level.boxes, distances(level), timid)
         assert probs == pytest.approx([0.05 / 4 + 0.95 * share for share in shares])
-    level, table = parse_level(room), distances(parse_level(room))
-    for pushes, move in ((), "left"), (["left", "right"], "down"), (["left"], "left"):
-        notes = dict(golden_workflow=", ".join(f"push {way}" for way in pushes))
-        *_, probs = play_as(level, table, random.Random(0), 1.0, 4, notes)
-        assert probs[0][MOVES.index(move)] >= 0.95 / 2
-    # Demonstrations give the player's probabilities, in rooms that are not excluded.
+    level = parse_level(room)
+    assert [sokoban_env.fits(level, level.boxes, told) for told in (
+        {"left", "right"}, {"left"})] == [True, False]
     given = dict(n=200, seed=2, boxes=1, max_moves=8, max_turns=6, timid=0.5)
-    taken, seen = [], set()
+    taken, seen = [], set()                    # of demonstrations, in rooms that are not excluded
     for level, states, moves, probs, notes in sokoban_env.demonstrations(**given):
         assert len(states) - 1 == len(moves) == len(probs) <= 6
         assert states[-1][1] == level.goals or len(moves) == 6
@@ -1166,6 +1113,34 @@ def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monke
         assert re.match(f"error: .*{message}", played(room))
 
 
+@pytest.mark.parametrize("parse, valid", [
+    (parse_skill, [SAID, SAID.replace("}", ', "more": [{"a": [1e9, null]}]}')]),
+    (parse_level, [MICROBAN, sokoban_env.render(parse_level(MICROBAN)), "#####\n#+$*#\n#####"]),
+    (parse_action, ["I go LEFT", "no. <ANSWER> Down! </answer> not up <answer>up"])])
+def test_parsers_survive_hostile_text(parse, valid):
+    hostile = [
+        *"#_ $.@*+\n\t\r{}[]\"\\,:\x00\x85\u0131\u2028\U0001f600\ud800", "\n#", "$.", "NaN",
+        "9" * 5000, "<answer>", "</answer>", "<ANSWER", "up", "LEFT", "r\u0131ght", "R\u0130GHT",
+        "\udcffup", '{"a":', '{"a":[', "[],", '"\\ud800"', '"golden_workflow": 1e999']
+    long = [piece * ((1 << 20) // len(piece)) for piece in hostile] + [
+        "#" * 500_000 + "\n#" * 250_000, "# " * 500_000 + "x",         # one wide row, many rows
+        "#" * 26 + ("\n#" + "$." * 12 + "#") * 26 + "\n#@".ljust(26) + "#\n" + "#" * 26]   # boxes
+    texts, taken = long + [text.replace(old, new, 1) for text in valid for new in ["", *hostile]
+                           for old in sorted({*text, *re.findall(r'"[^"]*"|\w+', text)})], 0
+    for text in texts:
+        try:
+            read = parse(text)
+        except ValueError as error:                            # of those that say why
+            assert parse != parse_action and str(error).encode()
+            continue
+        taken += read is not None
+        if parse == parse_level:
+            assert parse_level(to_xsb(read)) == read == room_in(SokobanEnv(read).reset())
+        assert parse != parse_skill or "".join(dataclasses.astuple(read)).encode()
+        assert parse != parse_action or read is None or MOVES[read] in text.lower()
+    assert 10 < taken < len(texts)
+
+
 # ---- AppWorld ------------------------------------------------------------------------------------
 STAND_IN = """#!/usr/bin/env python3
 import http.server, json, os, time
@@ -1196,7 +1171,7 @@ def env(tmp_path, monkeypatch):
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("APPWORLD_ROOT", str(tmp_path))
     monkeypatch.setenv("APPWORLD_PYTHON", str(tmp_path / "python"))
-    yield AppWorldEnv("abc_1", max_turns=1, timeout_s=1)
+    yield appworld_adapter.AppWorldEnv("abc_1", max_turns=1, timeout_s=1)
     appworld_adapter.stop_servers()
 
 
@@ -1216,12 +1191,11 @@ def test_appworld_finds_the_blocks_and_cuts_the_output():
             ("so:\n```python \r\na\n```  \nthen\n```python\nb\n```", ["a\n", "b\n"]),
             ("```python\nprint(1)\n", []), ("```python\nx = '```\n'\n```", ["x = '```\n'\n"]),
             (f"{code} Done.", ["a\n"]), ("1. so\n   ```python\n   a\n     b\n   ```", ["a\n  b\n"]),
-            ("```python\na\n  ```", ["a\n"]), (f"<think>{code}</think>{code[:-5]}b\n```", ["b\n"]),
-            (f"<think>\n{code}", []), (f"{code}\n</think>\nno", []), (f"{code}<think>", ["a\n"]),
-            (f"[THINK]{code}[/THINK]{code}", ["a\n"])):
+            (f"<think>\n{code}", []), (f"<think>{code}</think>{code[:-5]}b\n```", ["b\n"]),
+            (f"{code}<think>", ["a\n"]), (f"[THINK]{code}[/THINK]{code}", ["a\n"])):
         assert appworld_adapter.code_blocks(text) == blocks
-    assert cut("abcdefg", 7) == "abcdefg"
-    assert cut("abcdefghij", 5) == "abc\n[... 5 characters cut here ...]\nij"
+    assert appworld_adapter.cut("abcdefg", 7) == "abcdefg"
+    assert appworld_adapter.cut("abcdefghij", 5) == "abc\n[... 5 characters cut here ...]\nij"
 
 
 @pytest.mark.parametrize("call, given, message", [
@@ -1300,97 +1274,10 @@ def test_appworld_server_lost_in_mid_episode(env, monkeypatch, target, value, co
 
 
 @pytest.mark.parametrize("end", ["'end'", "os.kill(os.getppid(), 9)"])
-def test_appworld_command_line_and_no_server_outlives_it(env, tmp_path, end):
+def test_appworld_command_line_and_no_server_outlives_it(env, end):
     command = [sys.executable, "-u", appworld_adapter.__file__]
     assert subprocess.check_output(command, text=True) == "train: abc_1\n"
     code = f"str(passes.append(1) or os.getpid())\n\n{end}\n\n"
     told = subprocess.run([*command, "abc_1"], input=code, stdout=subprocess.PIPE, text=True).stdout
     assert gone(re.search(r"^\d+$", told, re.MULTILINE)[0])
-    if "kill" not in end:
-        assert "completion 1.00, doing nothing 0.50" in told
-        assert not [*tmp_path.glob("experiments/outputs/*/*/tasks")]
-
-
-@pytest.mark.skipif(not os.environ.get("APPWORLD_PYTHON") or not os.environ.get("APPWORLD_ROOT"),
-                    reason="needs APPWORLD_PYTHON, APPWORLD_ROOT and their data; see README")
-def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
-    solved = "apis.supervisor.complete_task(answer='Bravo')"
-    episodes = [     # code (none: a bare answer), part of the observation, what is counted
-        (solved, "successful", None), ("", "Nothing was run", "no_block"),
-        ("apis.supervisor.complete_task(status='fail')", "successful", "failed_status"),
-        ("print(41 + 1)\n```\n```python\nprint('other')",
-         "[The answer has 2 code blocks; only the first was run.]\n42\n", "several_blocks"),
-        ("print((", "Syntax error in line:", "syntax_error"),
-        ("while True:\n    pass", "timed out after 5 seconds", "timeout"),
-        ("while True:\n    try:\n        apis.api_docs.show_app_descriptions()\n"
-         "    except Exception:\n        continue", "timed out after 5 seconds", "timeout"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt", None),
-        ("import re\napis.spotify.login(username=re.search('a', 'a'), password='b')",
-         "status code is 401", None),
-        ("apis.supervisor.complete_task(answer=float('-inf'))", "successful", None),
-        ("print(1)  # as in ground_truth", "1", "answer_key"),
-        ("print('x' * 10**7)\n" * 3, "[29000003 more characters printed]", "cut"),
-        ("import os\nprint('\ud800', '\\ud800', *os.environ)", "? ? ", None),
-        *[("x = bytes(6 * 10**9)", "MemoryError", None)] * (sys.platform == "linux")]
-    def play(code, told, counted):
-        env = AppWorldEnv("a1c0001_1", max_turns=2, max_chars=600, timeout_s=5)
-        if code == solved:                     # what the prompt recommends runs, and is not cut
-            asked = AppWorldEnv(env.task_id)
-            for block in appworld_adapter.code_blocks(asked.reset()):
-                assert "failed" not in asked.step(f"```python\n{block}```")[0]
-            assert not asked.counts["cut"] and asked.completion() == 1 / 2
-            asked.close()
-        first = env.reset()
-        assert "Ada Example" in first and "2 answers" in first and "2023-05-18" in first
-        text, done = env.step(code and ANSWER.format(code))
-        assert told in text and len(text) < 700 and "other" not in text and "OPENAI" not in text
-        assert {name: n for name, n in env.counts.items() if n} == ({counted: 1} if counted else {})
-        assert done == ("complete_task" in code)
-        if not done:
-            assert env.step(ANSWER.format("print('x' in dir())\nx = 1")) == ("False\n", True)
-        env.close()
-        assert env.completion() == (1 if code == solved else 1 / 2)
-    monkeypatch.setenv("OPENAI_API_KEY", "for the servers to be started with it around")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(play, *zip(*episodes)))
-    assert len(appworld_adapter._running) == len(appworld_adapter._idle) == 2
-    cfg = smallest(tmp_path, env="appworld_adapter", summarizer="self", iterations=2, group_size=2,
-                   tasks_per_iteration=2, max_turns=2, max_context=4000, rollout_batch=2,
-                   summary_tokens=4, warm_demos=64, curriculum=0.0)
-    noop = [appworld_adapter.noop_score(task) for task in appworld_adapter.task_ids("dev")]
-    result = skill_sd.train(cfg)
-    assert result["sampled"] == result["greedy"] == pytest.approx(noop)      # no word for code
-    log = (skill_sd.run_folder(cfg) / "log.jsonl").read_text().splitlines()
-    assert [(x["count_no_block"], x["lost"]) for x in map(json.loads, log)] == [(2, 0)] * 2
-    appworld_adapter.stop_servers()
-
-
-# ---- hostile text --------------------------------------------------------------------------------
-HOSTILE = [
-    *"#_ $.@*+\n\t\r{}[]\"\\,:\x00\x85\u0131\u2028\U0001f600\ud800", "\n#", "$.", "NaN", "9" * 5000,
-    "<answer>", "</answer>", "<ANSWER", "up", "LEFT", "r\u0131ght", "R\u0130GHT", "\udcffup",
-    '{"a":', '{"a":[', "[],", '"\\ud800"', '"golden_workflow": 1e999']
-LONG = [piece * ((1 << 20) // len(piece)) for piece in HOSTILE] + [
-    "#" * 500_000 + "\n#" * 250_000, "# " * 500_000 + "x",                 # one wide row, many rows
-    "#" * 26 + ("\n#" + "$." * 12 + "#") * 26 + "\n#@".ljust(26) + "#\n" + "#" * 26]     # all boxes
-
-
-@pytest.mark.parametrize("parse, valid", [
-    (parse_skill, [SAID, SAID.replace("}", ', "more": [{"a": [1e9, null]}]}')]),
-    (parse_level, [MICROBAN, sokoban_env.render(parse_level(MICROBAN)), "#####\n#+$*#\n#####"]),
-    (parse_action, ["I go LEFT", "no. <ANSWER> Down! </answer> not up <answer>up"])])
-def test_parsers_survive_hostile_text(parse, valid):
-    texts, taken = LONG + [text.replace(old, new, 1) for text in valid for new in ["", *HOSTILE]
-                           for old in sorted({*text, *re.findall(r'"[^"]*"|\w+', text)})], 0
-    for text in texts:
-        try:
-            read = parse(text)
-        except ValueError as error:                            # of those that say why
-            assert parse != parse_action and str(error).encode()
-            continue
-        taken += read is not None
-        if parse == parse_level:
-            assert parse_level(to_xsb(read)) == read == room_in(SokobanEnv(read).reset())
-        assert parse != parse_skill or "".join(dataclasses.astuple(read)).encode()
-        assert parse != parse_action or read is None or MOVES[read] in text.lower()
-    assert 10 < taken < len(texts)
+    assert "kill" in end or "completion 1.00, doing nothing 0.50" in told
