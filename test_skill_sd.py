@@ -588,6 +588,8 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     distils = [k > 0 and taught and not (k > 1 and falls) for k in range(4)]
     assert [(x["lost"], x["skill_share"] > 0, x["sdl_loss"] > 0) for x in lines] == [
         (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
+    assert [(x["lam"], x["zero_spread_groups"]) for x in lines] == [
+        (now.lam, 0.0) for (_, _, _, now, _), _ in calls["update"]]
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
     assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=99)) == folder    # may change
@@ -838,10 +840,11 @@ def test_server_writes_while_the_student_is_updated(tmp_path, monkeypatch, capsy
             start = time.monotonic()
             assert "timed" in skill_sd.ask_server(batch[0], cfg, timeout=0.2) or drip
             assert len(asked) == 3 and time.monotonic() - start < 0.9
-    for key in ("secret", "secret\nsecret", "secret\u2026"):   # the server is gone
+    for key in ("", "secret", "secret\nsecret", "secret\u2026"):       # the server is gone
         monkeypatch.setenv("OPENAI_API_KEY", key)
         assert skill_sd.summarize(batch, None, None, cfg, None) == []
-    assert not re.search(r"secret|\\x00", capsys.readouterr().out)
+    told = capsys.readouterr().out
+    assert told.count("refused") == 2 and "secret" not in told and r"\x00" not in told
 
 
 # ---- Models, settings, the command line ----------------------------------------------------------
