@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Skill-SD in one file, to be read beside the paper: https://arxiv.org/abs/2604.10674
 
-A student plays tasks over many turns with a plain prompt. Each finished trajectory can be written
-up as a short skill. A UCB bandit picks one skill per task; only the teacher - the same network,
-synchronised every iteration - reads it, and re-scores the tokens that the student sampled. The
-student is trained by GRPO's reward loss plus an importance-weighted reverse KL to that teacher.
+A student plays tasks over many turns with a plain prompt. Finished trajectories, here the best of
+each group, become short skills. A UCB bandit picks one skill per task; only the teacher - the same
+network, synchronised every iteration - reads it, and re-scores the tokens that the student sampled.
+GRPO's reward loss plus an importance-weighted reverse KL to that teacher trains the student.
 
     in the paper                     in this file                       checked by test_skill_sd.py
     x, S(x), B(x); UCB               task, skill, SkillBank             test_ucb_by_hand
     pi(. | x), pi(. | x + S(x))      Chat.prompt                        test_teacher_sees_skill_only
     y_t, y_<t of tau_1 .. tau_G      ids, mask of a Trajectory t        test_rescoring_*
     theta, theta_old; theta-bar      student, logp_old; teacher         test_sync_teacher
-    R_i, A_i; L_GRPO, Eq. 10         group_advantages; grpo_loss        test_advantages_*, _grpo_*
+    R_i, A_i; L_GRPO, Eq. 10         group_advantages; grpo_loss        test_adv*, test_grpo_*
     l_it, rho_it; L_SDL, Eq. 11-13   log_ratio, rho; sdl_loss           test_sdl_*
     N, lambda; L, Eq. 14             n_tokens, lam; update              test_update_*
     Analyze(tau, x)                  summarize, parse_skill             test_parse_skill_*
@@ -20,7 +20,7 @@ student is trained by GRPO's reward loss plus an importance-weighted reverse KL 
     python skill_sd.py                          the demo: warm start, train, table, a look inside
     python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
     python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
-The method ends with `train`. CHOICE: the paper leaves it open. DEVIATION: we differ on purpose.
+The method ends with `train`. CHOICE marks what the paper leaves open, DEVIATION where we differ.
 """
 import argparse
 import atexit
@@ -69,7 +69,7 @@ class Config:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the model
     save_every: int = 10             # iterations between checkpoints
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
-    evals: Literal[0, 10] = 10       # held-out evaluations, the last at the end; 0: that one alone
+    evals: Literal[0, 10] = 10       # held-out evaluations along the run; 0: only the last
     group_size: int = 8              # G, rollouts per task                             CHOICE
     tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
     iterations: int = 60             # iterations; the paper runs 180 on Sokoban
@@ -77,11 +77,11 @@ class Config:
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
     lam: float = 0.1                 # lambda, weight of SDL; paper: 0.001 (AppWorld)
     lam_until: float = 0.0           # share of the run over which lambda falls to 0; 0: constant
-    kl: Literal["sampled", "exact"] = "sampled"       # SDL from sampled tokens, or all words
+    kl: Literal["sampled", "exact"] = "sampled"       # SDL of sampled tokens, or of the vocabulary
     skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # who sees skills in training
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: Literal["student", "teacher"] = "student"  # who samples; the teacher with its skill
-    skill_shown: Literal["own", "other", "empty"] = "own"  # controls: another task's, or no words
+    skill_shown: Literal["own", "other", "empty"] = "own"  # controls: another task's, or blank
     borrow: Literal["no", "nearest", "random"] = "no"      # whose skills while a task has none
     clip_low: float = 0.2            # eps_l; 0.2 and 0.28 are reported second-hand     CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
@@ -103,8 +103,8 @@ class Config:
     timid: float = 0.65              # share of timid moves in the play that `tiny` is a clone of
     train_levels: int = 256          # training levels; the paper has 96
     test_levels: int = 2048          # held-out levels; the paper uses 64
-    curriculum: float = 0.5          # share of the iterations until all levels are in  CHOICE
-    model: str = "tiny"              # tiny: the embedded model; else a Hugging Face name or folder
+    curriculum: float = 0.5          # share of the run after which all levels are in    CHOICE
+    model: str = "tiny"              # tiny: the built-in model; else a Hugging Face name or folder
     precision: Literal["float32", "bfloat16"] = "float32"  # of rollout and scoring alike
     gradient_checkpointing: Literal[0, 1] = 0         # 1: less memory, each layer computed twice
     prefill: str = ""                # every answer begins with this, for student and teacher
@@ -112,7 +112,7 @@ class Config:
     max_context: int = 1024          # longest conversation in tokens; past it: cut     CHOICE
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
-    warm_demos: int = 24000          # games that the embedded model's warm start learns from
+    warm_demos: int = 24000          # games that the built-in model's warm start learns from
 
     def __post_init__(self):
         for f in fields(self):
@@ -133,8 +133,8 @@ class Config:
                  "self, a server http://HOST/v1, or for Sokoban rules"),
                 ("device", self.device == "cuda" and not torch.cuda.is_available(), "none is here"),
                 ("jobs", self.jobs > 1 and RANKS > 1, "must be 1 under torchrun"),
-                ("max_context", self.max_context <= self.max_skill_tokens + self.max_new_tokens,
-                 "must exceed max_skill_tokens + max_new_tokens"),
+                ("max_context", self.max_context <= self.max_skill_tokens + self.max_new_tokens + 2,
+                 "must exceed max_skill_tokens + max_new_tokens + 2"),
                 ("summarizer", served and not os.environ.get("OPENAI_API_KEY", "").isascii(),
                  "OPENAI_API_KEY has characters that are not ASCII"),
                 ("summarizer_model", served and not self.summarizer_model, "one of the server's")):
@@ -174,7 +174,7 @@ def parse_skill(text):
     formed around three whole strings. Needs: json, re, contextlib.suppress, Skill."""
     names, text = ("success_analysis", "mistake_analysis", "golden_workflow"), text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
-    # The last one ends where a key follows or the object ends, not at a quote within it.
+    # The last string ends before another key or the object's end, not at a quote within it.
     strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:[}`][^"]*)?$)'
     for part in (re.split(r"</think(?:ing)?>|\[/THINK\]", text)[-1], text):  # the answer, or all
         starts = [m.start() for m in re.finditer(r"\{", part)][-100:]
@@ -196,9 +196,9 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
         answers = [json.dumps(sokoban_env.analyse(t.messages)) for t in trajectories]
     elif cfg.summarizer == "self":
         # DEVIATION: the paper asks an external model; here the student writes, as an episode of one
-        # turn. CHOICE: the JSON is begun, and sampled at 0.6: small models seldom end it otherwise.
-        window = getattr(student.config, "max_position_embeddings", cfg.max_context)
-        own = replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=window,
+        # turn. CHOICE: its JSON is prefilled, and sampled at 0.6; small models seldom end it else.
+        size = getattr(student.config.get_text_config(), "max_position_embeddings", cfg.max_context)
+        own = replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=size,
                       temperature=0.6, prefill='{"success_analysis": "')
         envs = [SimpleNamespace(
             task_id=t.task_id, system_prompt=SUMMARIZER_PROMPT, reset=t.transcript,
@@ -224,20 +224,19 @@ def summarize(trajectories, student, tokenizer, cfg, generator):
 class SkillBank:
     """Skills by task, picked by UCB. Needs: math, dataclasses.asdict, Skill.
     entries: {task_id: [entry, ...]}, oldest first; an entry has skill, picks n(e), reward_sum, and
-    source_reward, the completion of the trajectory it was written from. CHOICE: ask `wants`
-    before `add`: if every skill entered, "untried first" would always win and UCB never decide. The
-    student never sees the skill: its credit was earned before it could act. The statistic lags."""
+    source_reward, the completion of the trajectory it was written from. CHOICE: call `wants` before
+    `add`: if every skill entered, untried ones would always win and UCB never decide. The student
+    does not see the skill that is credited; its reward is from before it: a lagging proxy."""
 
     def __init__(self, c, size=4):
         self.c, self.size, self.entries = c, size, {}
 
     def select(self, task_id):
-        """The entry of the highest score, the oldest among equals; None without skills."""
+        """The entry with the highest UCB score (of equals the oldest); None without skills."""
         entries = self.entries.get(task_id, [])
         n_ucb = sum(e["picks"] for e in entries)               # CHOICE: of the skills still held
 
-        def score(e):                          # untried first
-            # UCB: mean_reward(e) + c * sqrt(ln N_ucb / n(e))
+        def score(e):      # UCB: mean_reward(e) + c * sqrt(ln N_ucb / n(e)); untried: inf, so first
             n = e["picks"]
             return e["reward_sum"] / n + self.c * math.sqrt(math.log(n_ucb) / n) if n else math.inf
         return max(entries, key=score, default=None)
@@ -255,7 +254,7 @@ class SkillBank:
                 or all(e["picks"] >= 2 for e in entries))
 
     def add(self, task_id, skill, source_reward=0.0):
-        """Insert a skill, unless its text is there. CHOICE: the worst tried one makes room."""
+        """Insert a skill, unless its text is there. CHOICE: if full, the worst tried one leaves."""
         entries = self.entries.setdefault(task_id, [])
         if any(e["skill"] == skill for e in entries):
             return
@@ -275,9 +274,9 @@ class SkillBank:
 
 # ---- Two prompts, one token sequence: pi(. | x, y_<t) and pi(. | x + S(x), y_<t) -----------------
 class Chat:
-    """Renders conversations to token ids. The chat template is rendered once and cut into the texts
-    around the contents. A prompt, and each further turn, is then one string, encoded at once. A
-    conversation only ever grows: nothing is tokenised twice, thinking stays in it as sampled."""
+    """Renders conversations to token ids. The chat template is rendered once, with marks, and split
+    there. The prompt, and each later turn, is one string, encoded once. A conversation only grows:
+    sampled ids are never tokenised again, and thinking stays in it."""
 
     def __init__(self, tokenizer, prefill="", max_skill_tokens=256):
         self.tokenizer, self.max_skill_tokens = tokenizer, max_skill_tokens
@@ -290,9 +289,9 @@ class Chat:
             pieces = self.cut("user", "assistant", "user")
             pieces.insert(1, "\n\n")
         # Texts before the system's, the user's, an old answer; after that answer; before a new one.
-        self.before, self.between, _, self.after_answer, generation_prompt = pieces
+        self.before_system, self.before_user, _, self.after_answer, generation_prompt = pieces
         self.opening = generation_prompt + prefill
-        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")  # texts have it
+        self.thinks = "<think>" * generation_prompt.rstrip().endswith("<think>")  # not sampled
         added = tokenizer.get_added_vocab()    # some are runs of blanks, which are harmless
         names = [re.escape(t) for t in (token.strip(" \t\r\n\u2581") for token in added) if t[1:]]
         self.control = re.compile("|".join(names) or "(?!)")
@@ -330,15 +329,15 @@ class Chat:
 
     def prompt(self, system, task, skill=None):
         """Ids up to the first answer: with `skill` the teacher's, without it the student's."""
-        before, notes = self.before + self.clean(system) + self.between, ""
-        if self.tokenizer.chat_template == sokoban_env.TINY_TEMPLATE:      # knows no such words
-            before = self.before
+        head, notes = self.before_system + self.clean(system) + self.before_user, ""
+        if self.tokenizer.chat_template == sokoban_env.TINY_TEMPLATE:      # has no system prompt
+            head = self.before_system
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
             offsets = self.backend.encode(notes, add_special_tokens=False).offsets
             past = offsets[self.max_skill_tokens:]
             notes = notes[:past[0][0] if past else None] + "\n\n"
-        text = before + notes + self.clean(task) + self.opening
+        text = head + notes + self.clean(task) + self.opening
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def next_turn(self, observation, last):
@@ -362,7 +361,7 @@ class Trajectory:
     mask: list = field(default_factory=list)      # of each id: True where the actor sampled it
     logps: list = field(default_factory=list)     # (T,) their log-probs, as sampled
     turns: int = 0
-    counts: dict = field(default_factory=dict)    # cut_answers, truncated, and the environment's
+    counts: dict = field(default_factory=dict)    # cut_answers (tiny: all), truncated, more
     reward: float = math.nan         # completion rate R_i in [0, 1]; nan: leave this episode out
     adv: float = 0.0                 # A_i
     logp_old: torch.Tensor | None = None          # (T,) log pi_theta_old
@@ -381,20 +380,20 @@ class KeyValueCache(DynamicCache):
 
 class Decoder:
     """Next-token log-probs for ragged conversations that grow on one KV cache. Each call appends a
-    chunk per row, padded on the left; `real` (B, slots) is 1 where a slot holds a token."""
+    chunk per row, padded on the left; the attention mask `real` (B, slots) is 1 at tokens."""
 
     def __init__(self, model, cfg):
         self.model, self.temperature, self.real = model, cfg.temperature, None
         self.bfloat16 = cfg.precision == "bfloat16"            # of activations; weights are float32
         named = inspect.signature(model.forward).parameters    # past_key_values is being retired
         self.keyword = "cache" if "cache" in named else "past_key_values"
-        # A sliding window counts slots. If it may fill up, every call reads whole rows again.
+        # A sliding window counts padding: if it may fill up, every call reads the whole rows again.
         window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.reads_again = bool(window) and window < cfg.max_context
 
     def __call__(self, chunks):
         """chunks: B lists of ids, some may be empty. Returns log-probs (B, V), float32."""
-        if self.real is None:                  # first call: read each prompt once, copy its row
+        if self.real is None:                  # first call: read equal prompts once, copy the rows
             order = list(dict.fromkeys(map(tuple, chunks)))
             self.rows, self.cache = [[] for _ in order], KeyValueCache()
             self.real = torch.zeros(len(order), 0, dtype=torch.long, device=self.model.device)
@@ -455,7 +454,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     chat, decoder = Chat(tokenizer, cfg.prefill, cfg.max_skill_tokens), Decoder(model, cfg)
     render, follow = cache(chat.prompt), cache(chat.next_turn)           # many are equal
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
-    limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # + "\n\n"
+    limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens    # "\n\n"
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
     threads = any(getattr(env, "concurrent", False) for env in envs)     # they wait for a server
     run = ThreadPoolExecutor(len(envs)).map if threads else (
@@ -510,9 +509,9 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
 
 # ---- Scoring: log-probs of the action tokens, for student and teacher alike ----------------------
 def response_logps(model, trajectories, cfg, with_skill=False):
-    """(logp, mask, logps): logp (B, T) of the action tokens, T the most of a row, mask (B, T), and
-    logps (n, V) of the whole vocabulary at each of these n tokens, row by row. Column t is the t-th
-    action token of the row: student and teacher align by construction. Two rows, actions A, B, C:
+    """(logp, mask, logp_all). logp (B, T): of the action tokens, T the most in a row; mask (B, T):
+    True where there is one; logp_all (n, V): the whole vocabulary at all n of them, in row order.
+    Column t is the t-th action token under both prompts: these align. With actions A, B, C:
         x A o B, or x + S(x) A o B      logp: log p(A), log p(B)     mask: 1, 1
         x C,     or x + S(x) C                log p(C), 0                  1, 0"""
     prompts = [t.skill_prompt if with_skill else t.prompt for t in trajectories]
@@ -521,17 +520,17 @@ def response_logps(model, trajectories, cfg, with_skill=False):
     ids, sampled = (pad_sequence([*map(torch.tensor, part)], batch_first=True).to(model.device)
                     for part in (rows, sampled))                                     # (B, L) each
     before = sampled.roll(-1, dims=1)          # the position that predicts each action token
-    # The LM head sees these alone: a large vocabulary times a long conversation would not fit.
+    # The LM head gets these positions alone: all of them times a vocabulary would not fit.
     # Padding stands on the right, where causal attention cannot see it: no mask is needed.
     bfloat16, head = cfg.precision == "bfloat16", model.get_output_embeddings()
     with (head.register_forward_pre_hook(lambda head, hidden: (hidden[0][before],)),
           torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16)):
         logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
-    logps = F.log_softmax(logits / cfg.temperature, dim=-1)
-    parts = logps.gather(1, ids[sampled][:, None])[:, 0].split(sampled.sum(1).tolist())
+    logp_all = F.log_softmax(logits / cfg.temperature, dim=-1)
+    parts = logp_all.gather(1, ids[sampled][:, None])[:, 0].split(sampled.sum(1).tolist())
     logp, mask = (pad_sequence(x, batch_first=True)
                   for x in (parts, [*map(torch.ones_like, parts)]))                  # (B, T) each
-    return logp, mask.bool(), logps
+    return logp, mask.bool(), logp_all
 
 
 def micro_batches(trajectories, max_tokens):
@@ -546,14 +545,14 @@ def micro_batches(trajectories, max_tokens):
 
 # ---- Losses, Eq. 10-14. Pure functions of tensors: lift them into any trainer --------------------
 def masked_mean(x, mask):
-    """sum(x * mask) / sum(mask), a scalar, 0 without any mask. x, mask: (B, T). Needs: torch."""
+    """sum(x * mask) / sum(mask), a scalar, 0 if no mask is set. x, mask: (B, T). Needs: torch."""
     return torch.where(mask.bool(), x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def group_advantages(rewards, group_size, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over each group of consecutive rollouts of one task.
-    rewards: (n,), nan leaves an episode out. CHOICE: population std, eps. Returns (n,) float32: 0
-    for nan, exactly 0 in a group of equal rewards or of one that counts. Needs: math, torch."""
+    rewards: (n,), nan where an episode was lost. CHOICE: population std, eps. Returns (n,) float32,
+    exactly 0 for nan, for equal rewards and for the only one of a group. Needs: math, torch."""
     r = torch.as_tensor(rewards, dtype=torch.float64)
     assert len(r) % group_size == 0, f"{len(r)} rewards: not a multiple of group_size={group_size}"
     r = r.view(-1, group_size)                                           # (tasks, G)
@@ -567,30 +566,30 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), a scalar. No KL to a reference.
     logp_*, mask: (B, T); adv: (B,). Padding may hold anything. Needs: torch, masked_mean."""
     mask = mask.bool()
-    # r = pi_theta(y) / pi_theta_old(y), at most e^20: CHOICE
+    # r = pi_theta(y) / pi_theta_old(y). CHOICE: at most e^20
     ratio = torch.where(mask, logp_student - logp_old, 0.0).clamp(max=20).exp()      # (B, T)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)                   # and Eq. 10:
-    return -masked_mean(torch.minimum(ratio * adv[:, None], clipped * adv[:, None]), mask)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -masked_mean(torch.minimum(ratio * adv[:, None], clipped * adv[:, None]), mask)  # Eq. 10
 
 
 def sdl_loss(logp_student, logp_teacher, logp_old, mask):
     """1/N sum rho * k3, k3 = exp(-l) - 1 + l: the importance-weighted reverse KL to the teacher.
-    All (B, T); no gradient to logp_teacher and logp_old; padding may hold anything. With tokens
-    sampled by pi_old, the expected gradient at a fixed prefix is that of KL(student || teacher),
-    for every theta, since rho is differentiated, too: d/dlogp_student of rho * k3 is rho * l.
-    A float64 scalar: exp(-l) soon leaves float32's range. Needs: torch, masked_mean. With rho = 1
-    and l = -1, 0, 1 the loss is (0.718 + 0 + 0.368) / 3, its gradient [-1/3, 0, 1/3]."""
+    All (B, T); padding may hold anything; no gradient to logp_teacher and logp_old. For tokens that
+    pi_old sampled, the expected gradient at a fixed prefix is that of KL(student || teacher), for
+    every theta, because rho is differentiated too: d(rho * k3) / dlogp_student = rho * l. Example,
+    rho = 1 and l = -1, 0, 1: loss (0.718 + 0 + 0.368) / 3, gradient [-1/3, 0, 1/3]. Returns a
+    float64 scalar, since exp(-l) soon overflows float32. Needs: torch, masked_mean."""
     mask = mask.bool()
     p, q, old = (x.detach().double() for x in (logp_student, logp_teacher, logp_old))
     # Eq. 11: l = log pi_student - log pi_teacher
     log_ratio = torch.where(mask, p - q, 0.0)                            # (B, T)
-    # Eq. 12: rho = pi_student / stopgrad(pi_old), at most e^20: CHOICE
+    # Eq. 12: rho = pi_student / stopgrad(pi_old). CHOICE: at most e^20
     rho = torch.where(mask, p - old, 0.0).clamp(max=20).exp()            # (B, T)
     # Eq. 13: L_SDL = 1/N sum rho * (exp(-l) - 1 + l)
     k3 = torch.expm1(-log_ratio) + log_ratio
-    # Autograd would get rho * l as a difference of numbers of size exp(-l): it is written down.
-    slope = torch.where(mask, logp_student - logp_student.detach(), 0.0)             # 0, gradient 1
-    return masked_mean(rho * k3 + rho * log_ratio * slope, mask)
+    # Autograd would take rho * l as a difference of numbers of size exp(-l): it is written out.
+    zero = torch.where(mask, logp_student - logp_student.detach(), 0.0)      # its gradient is 1
+    return masked_mean(rho * k3 + rho * log_ratio * zero, mask)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -601,8 +600,8 @@ def sync_teacher(teacher, student):
 
 @torch.no_grad()
 def score_as_teacher(teacher, batch, cfg, synced):
-    """Set logp_teacher, the log-probs (T,) of the sampled tokens under x + S(x). It stays None,
-    without a pass, where the teacher is theta_old: no skill, weights just synchronised."""
+    """Set logp_teacher, the log-probs (T,) of the sampled tokens under x + S(x). Without a skill,
+    just synchronised, it would equal logp_old: then it stays None, and `update` takes logp_old."""
     teacher.eval()
     scored = [t for t in batch if t.skill is not None or not synced]
     for part in micro_batches(scored, cfg.micro_batch_tokens):
@@ -613,37 +612,37 @@ def score_as_teacher(teacher, batch, cfg, synced):
 
 def update(student, optimizer, batch, cfg, teacher=None):
     """Minimise L = L_GRPO + lambda * L_SDL (Eq. 14) over trajectories that carry adv and
-    logp_teacher; kl = "exact" asks the teacher here. N is that of the whole batch, of all
-    processes. Returns metrics of the last step; AssertionError if it would not be finite."""
-    student.train(bool(cfg.gradient_checkpointing))            # needs train mode; dropout is 0
+    logp_teacher; if kl is exact the teacher is asked here. N counts the whole batch, of all
+    processes. Returns metrics of the last step; AssertionError if one would not be finite."""
+    student.train(bool(cfg.gradient_checkpointing))            # it needs train mode; dropout is 0
     n_tokens = all_sum(torch.tensor(float(sum(sum(t.mask) for t in batch)), device=student.device))
-    names = "pg_loss sdl_loss log_ratio rho_minus_1 clip_fraction entropy".split()
+    names = "pg_loss sdl_loss log_ratio rho_gap clip_fraction entropy".split()
     for epoch in range(cfg.updates_per_iteration):
         optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(names), dtype=torch.float64, device=student.device)
         for part in micro_batches(batch, cfg.micro_batch_tokens):
-            logp, mask, logps = response_logps(student, part, cfg, cfg.skill_reader == "student")
+            logp, mask, logp_all = response_logps(student, part, cfg, cfg.skill_reader == "student")
             if epoch == 0:                     # CHOICE: theta_old's, scored here, whoever acted
                 for t, row, used in zip(part, logp.detach(), mask):
                     t.logp_old = row[used]
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
-            old = pad_sequence([t.logp_old for t in part], batch_first=True)         # (B, T)
-            pg = grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high)
-            if cfg.kl == "exact" and cfg.lam:  # DEVIATION: KL(student || teacher) over all words
-                shown, _, shown_all = response_logps(teacher, part, cfg, with_skill=True)
-                sdl = F.kl_div(shown_all, logps, log_target=True, reduction="none").sum(-1).mean()
+            logp_old = pad_sequence([t.logp_old for t in part], batch_first=True)    # (B, T)
+            pg = grpo_loss(logp, logp_old, adv, mask, cfg.clip_low, cfg.clip_high)
+            if cfg.kl == "exact" and cfg.lam:  # DEVIATION: KL(student || teacher) of all the words
+                logp_teacher, _, taught = response_logps(teacher, part, cfg, with_skill=True)
+                sdl = F.kl_div(taught, logp_all, log_target=True, reduction="none").sum(-1).mean()
             else:
-                shown = pad_sequence([t.logp_old if t.logp_teacher is None else t.logp_teacher
-                                      for t in part], batch_first=True)
-                sdl = sdl_loss(logp, shown, old, mask)
-            logps = shown_all = None           # too large to be held during the next pass
-            share = mask.sum() / n_tokens      # makes a mean over the part its sum / N
+                logp_teacher = pad_sequence([
+                    t.logp_old if t.logp_teacher is None else t.logp_teacher for t in part], True)
+                sdl = sdl_loss(logp, logp_teacher, logp_old, mask)
+            logp_all = taught = None           # too large to be held during the next pass
+            share = mask.sum() / n_tokens      # mean over the part * share = its sum / N
             # Eq. 14: L = L_GRPO + lambda * L_SDL
             (share * (cfg.reward_weight * pg + cfg.lam * sdl)).backward()
-            ratio = (logp.detach() - old).clamp(max=20).exp()
-            clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            means = [masked_mean(x, mask) for x in (logp.detach() - shown, (ratio - 1).abs(),
-                                                    clipped.float(), -old)]
+            ratio, a = (logp.detach() - logp_old).clamp(max=20).exp(), adv[:, None]
+            clipped = ratio * a > ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * a
+            means = [masked_mean(x, mask) for x in (
+                logp.detach() - logp_teacher, (ratio - 1).abs(), clipped.float(), -logp_old)]
             totals += share * torch.stack([x.detach().double() for x in (pg, sdl, *means)])
         for p in student.parameters():         # some weights may be unused
             p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -652,7 +651,8 @@ def update(student, optimizer, batch, cfg, teacher=None):
         assert math.isfinite(grad_norm + sum(sums.values())), f"{grad_norm=}, {sums}; lower lr, lam"
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # free them for the next rollout
-    metrics = sums | dict(grad_norm=grad_norm, action_tokens=n_tokens.item())
+    metrics = {x: sums[x] for x in names if cfg.lam or x not in ("sdl_loss", "log_ratio")}
+    metrics |= dict(grad_norm=grad_norm, action_tokens=n_tokens.item())
     if cfg.actor == "student":                 # sampling against scoring
         gaps = [(t.logp_old.cpu() - torch.tensor(t.logps)).abs().max().item() for t in batch]
         metrics["rollout_gap"] = max(gaps)
@@ -670,9 +670,9 @@ def pick_tasks(tasks, cfg, k):
 @torch.no_grad()
 def shown_skills(bank, picks, prompt, student, cfg, k):
     """{task: S(x)} from the UCB picks {task: entry}. Controls: another task's skill, or no words.
-    DEVIATION, towards a limit that the paper names: a task without skills borrows the UCB pick of a
-    random task that has some, or of the nearest by the cosine of the student's mean hidden states
-    over the plain prompts (ids: `prompt(task)`), less their mean over the bank. Not credited."""
+    DEVIATION, the paper's future work: a task without skills borrows the UCB pick, without credit,
+    of a random task that has some, or of the nearest: by the cosine of the student's mean hidden
+    states over the plain prompts (ids: `prompt(task)`), less their mean over the bank."""
     rng, lenders = random.Random(derived_seed(cfg.seed, "shown", k)), [*bank.entries]
     poor = [task for task in picks if not picks[task]]
     lender = {task: rng.choice([x for x in lenders if x != task] or [task]) for task in picks}
@@ -704,12 +704,12 @@ METHODS = {
     "off_policy_frozen": dict(actor="teacher", sync_every=0),      # the teacher acts
     "off_policy": dict(actor="teacher"),
     "exact": dict(kl="exact"),                                     # DEVIATION: the exact KL
-    "falling": dict(lam_until=0.5),                                # DEVIATION: lambda falls to 0
+    "falling": dict(lam_until=0.5),                                # DEVIATION: to 0 at half
     "borrowed": dict(borrow="nearest"),                            # DEVIATION: see `borrow`
     "borrowed_random": dict(borrow="random"),                      # its control
     "borrowed_falling": dict(borrow="nearest", lam=0.3, lam_until=0.5),    # tuned in scarce
     "empty_borrowed_falling": dict(borrow="nearest", lam=0.3, lam_until=0.5, skill_shown="empty"),
-    "other_skill": dict(skill_shown="other"),                      # controls: does content matter?
+    "other_skill": dict(skill_shown="other"),                      # controls: does its text matter?
     "empty_skill": dict(skill_shown="empty"),
 }
 
@@ -742,20 +742,20 @@ def train(cfg):
             return Chat(tokenizer, cfg.prefill).prompt(env.system_prompt, env.reset())
 
     for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
-        done = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0      # 1: lambda is 0
-        now, heldout = replace(cfg, lam=cfg.lam * max(0.0, 1 - done)), {}
-        if cfg.evals and k in [round(share * cfg.iterations) for share in EVALS]:
-            heldout = evaluate(student, tokenizer, world, cfg, k)
+        fallen = k / cfg.iterations / cfg.lam_until if cfg.lam_until else 0.0    # lambda's share
+        now = replace(cfg, lam=cfg.lam * max(0.0, 1 - fallen))
+        heldout = evaluate(student, tokenizer, world, cfg, k) if cfg.evals and k in [
+            round(share * cfg.iterations) for share in EVALS] else {}
         start = time.perf_counter()
         generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "rollout", k))
 
-        # 1. theta_old <- theta (held as logp_old, see `update`); theta-bar <- theta
+        # 1. theta-bar <- theta. theta_old is no copy: `update` scores logp_old before it steps
         synced = cfg.sync_every > 0 and k % cfg.sync_every == 0
         if synced:
             sync_teacher(teacher, student)
 
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
-        tasks = pick_tasks(world.train, cfg, k)                # ids, of which `task` is one below
+        tasks = pick_tasks(world.train, cfg, k)                # their ids
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
         skills = shown_skills(bank, picks, prompt, student, cfg, k)
         rows = [task for task in tasks for _ in range(cfg.group_size)]
@@ -764,32 +764,32 @@ def train(cfg):
                            [skills[task] for task in rows], generator)
         assert [t.task_id for t in episodes] == rows, "an env.task_id is not the id of its task"
 
-        # 3. rewards, group advantages. CHOICE: a lost episode (nan) counts nowhere, not in N
+        # 3. rewards, group advantages. CHOICE: lost episodes (nan) are in no mean, N included
         adv = group_advantages([t.reward for t in episodes], cfg.group_size)
         for t, a in zip(episodes, adv.tolist()):
             t.adv = a
         batch = [t for t in episodes if not math.isnan(t.reward)]
         assert batch, f"every episode was lost: {episodes[0].counts}, {episodes[0].messages}"
         groups = {task: [t for t in batch if t.task_id == task] for task in tasks}
-        # 4. the teacher re-scores the same tokens under x + S(x); if kl is exact, in `update`
+        # 4. the teacher re-scores the same tokens under x + S(x) (if kl is exact: inside `update`)
         if now.lam and now.kl == "sampled":
             score_as_teacher(teacher, batch, now, synced)
 
-        # 6a. credit the picks, write up each group's best trajectory (CHOICE: the shortest of such)
+        # 6a. credit the picks, write up each group's best trajectory (CHOICE: then the shortest)
         for task, group in groups.items():
             if picks[task] and group:
                 bank.credit(picks[task], np.mean([t.reward for t in group]))
         best = [min(g, key=lambda t: (-t.reward, t.turns)) for g in groups.values() if g]
         chosen = [t for t in best
                   if cfg.skill_reader != "nobody" and bank.wants(t.task_id, t.reward)]
-        writing = partial(summarize, chosen, student, tokenizer, cfg, generator)
-        if cfg.summarizer.startswith("http"):                  # during 5; the student writes after
-            writing = ThreadPoolExecutor(1).submit(writing).result
+        analyze = partial(summarize, chosen, student, tokenizer, cfg, generator)
+        if cfg.summarizer.startswith("http"):                  # while 5 runs; the student after it
+            analyze = ThreadPoolExecutor(1).submit(analyze).result
 
         # 5. minimise L over the tokens
         metrics = update(student, optimizer, batch, now, teacher)
         # 6b. new skills enter the bank: they can be picked from iteration k + 1 on
-        written = writing()
+        written = analyze()
         for t, skill in written:
             bank.add(t.task_id, skill, t.reward)
 
@@ -891,7 +891,7 @@ def ask_server(trajectory, cfg, timeout=60):
 
 
 def load_model(cfg, world):
-    """(student, tokenizer), float32: the embedded model, whose warm start is kept for the next run,
+    """(student, tokenizer), float32: the built-in model, whose warm start is kept for the next run,
     or a chat model: a folder, or a name on the Hugging Face hub. Custom model code is never run."""
     path = cfg.model
     if path == "tiny":
@@ -923,8 +923,8 @@ def load_model(cfg, world):
 
 
 def evaluate(model, tokenizer, world, cfg, k):
-    """Completions after k iterations under the plain prompt, one number per held-out task, in
-    mid-run of the first 512: `sampled` at the training's temperature, and `greedy`. Lost: 0."""
+    """{"sampled", "greedy"}: completions of the held-out tasks after k iterations, under the plain
+    prompt; before the last iteration, of the first 512. A lost episode counts 0."""
     result, generator = {}, torch.Generator(model.device)
     tasks = world.heldout[:None if k == cfg.iterations else 512]
     for how in ("sampled", "greedy"):
@@ -943,7 +943,7 @@ def evaluate(model, tokenizer, world, cfg, k):
 
 def print_table(results):
     """results: [(method, seed, evaluated)]. 95 % intervals over tasks for one seed, else over seeds
-    (Student's t). comp: mean completion; area: the sampled acc's mean over the run's episodes."""
+    (Student's t). comp: mean completion. area: mean sampled acc along the run, first 512 tasks."""
     rows, curves = {}, {}
     for method, _, result in results:
         sampled, greedy, (x, y) = (
@@ -971,7 +971,7 @@ def print_table(results):
         print(f"{name:<{width}}{''.join(blocks)}")
 
 
-# ---- Presets. Strongest first: a method's row, typed, saved with a model, a preset ---------------
+# ---- Presets. Precedence: a method's row, typed, saved with a model, a preset --------------------
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, lam=0.001,
             evals=0)
 PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_batch=16)
@@ -982,7 +982,7 @@ PRESETS = {
     "small": CHAT | dict(model="Qwen/Qwen2.5-0.5B-Instruct", iterations=100, max_turns=20,
                          train_levels=96, test_levels=64, max_new_tokens=16, prefill="<answer>",
                          max_context=4096, rollout_batch=128),               # a GPU of 24 GB
-    # the paper's worlds; lam: its best on AppWorld; what it does not give is CHOICE
+    # the paper's worlds. lam: its best on AppWorld. CHOICE: what it leaves open
     "paper": PAPER | dict(iterations=180, boxes=2, max_moves=20, train_levels=96, test_levels=64,
                           max_new_tokens=256, max_context=16384),
     "appworld": PAPER | dict(iterations=300, env="appworld_adapter", curriculum=0.0,

@@ -480,7 +480,7 @@ class SokobanEnv:
 
 
 def make_world(cfg):
-    """An object with train and heldout, ids of tasks, the easiest first; make_env(id), and levels.
+    """An object with ids of tasks: train, the easiest first, and heldout; make_env(id), and levels.
     Training, validation and test levels (cfg.split says which are held out) are disjoint up to
     rotation and reflection. cfg.seed changes the training levels only."""
     sets, levels = {}, []
