@@ -675,14 +675,15 @@ def shown_skills(bank, picks, prompt, student, cfg, k):
     states over the plain prompts (ids: `prompt(task)`), less their mean over the bank."""
     rng, lenders = random.Random(derived_seed(cfg.seed, "shown", k)), [*bank.entries]
     poor = [task for task in picks if not picks[task]]
-    lender = {task: rng.choice([x for x in lenders if x != task] or [task]) for task in picks}
+    lender = {task: rng.choice([x for x in lenders if x != task] or [None]) for task in picks}
     if cfg.borrow == "nearest" and lenders and poor:
         rows = [torch.tensor(prompt(task)) for task in lenders + poor]
         ids, real = (pad_sequence(x, batch_first=True).to(student.device)
                      for x in (rows, [*map(torch.ones_like, rows)]))                     # (B, L)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-            hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        x = (hidden.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True)        # (B, H)
+            h = torch.cat([student.base_model(input_ids=part, use_cache=False).last_hidden_state
+                           for part in ids.split(32)])                               # (B, L, H)
+        x = (h.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True)        # (B, H)
         x = F.normalize(x - x[:len(lenders)].mean(0), dim=1)
         lender |= zip(poor, [lenders[i] for i in (x[len(lenders):] @ x[:len(lenders)].T).argmax(1)])
     skills = {}
@@ -763,7 +764,6 @@ def train(cfg):
                            [world.make_env(task) for task in rows], cfg,
                            [skills[task] for task in rows], generator)
         assert [t.task_id for t in episodes] == rows, "an env.task_id is not the id of its task"
-
         # 3. rewards, group advantages. CHOICE: lost episodes (nan) are in no mean, N included
         adv = group_advantages([t.reward for t in episodes], cfg.group_size)
         for t, a in zip(episodes, adv.tolist()):

@@ -767,7 +767,7 @@ def watch(cfg):
     import torch
     import skill_sd as sd                      # which imports this module
     (bank,) = json.loads((sd.run_folder(cfg) / "bank.json").read_text())
-    if not bank:                               # nothing was trained, or no skill was read
+    if not bank or cfg.max_new_tokens > 1:     # no skill was written, or a move is many words
         return
     task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
     skill, world = sd.Skill(**bank[task][-1]["skill"]), make_world(cfg)
