@@ -100,7 +100,7 @@ class Config:
     min_moves: int = 3               # shortest optimal solution                        CHOICE
     max_moves: int = 8               # longest optimal solution                         CHOICE
     max_turns: int = 12              # answers per episode, here moves; the paper allows 40
-    timid: float = 0.65              # share of timid moves in the play that `tiny` is a clone of
+    timid: float = 0.65              # share of moves away from boxes in the play that `tiny` clones
     train_levels: int = 256          # training levels; the paper has 96
     test_levels: int = 2048          # held-out levels; the paper uses 64
     curriculum: float = 0.5          # share of the run after which all levels are in    CHOICE
@@ -109,17 +109,16 @@ class Config:
     gradient_checkpointing: Literal[0, 1] = 0         # 1: less memory, each layer computed twice
     prefill: str = ""                # every answer begins with this, for student and teacher
     max_new_tokens: int = 1          # longest answer in tokens; tiny answers one word  CHOICE
-    max_context: int = 1024          # longest conversation in tokens; past it: cut     CHOICE
+    max_context: int = 1024          # longest conversation; a full one ends an episode  CHOICE
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 16384  # tokens per forward pass while scoring and training
     warm_demos: int = 24000          # games that the built-in model's warm start learns from
 
     def __post_init__(self):
         for f in fields(self):
-            least, value = int(f.type is int), getattr(self, f.name)           # 1 for counts
-            least *= f.name not in ("seed", "iterations", "sync_every")
-            if f.type in (int, float) and not least <= value < math.inf:
-                raise ValueError(f"{f.name}={value}: must be {least} or more, and finite")
+            least = int(f.type is int and f.name not in ("seed", "iterations", "sync_every"))
+            if f.type in (int, float) and not least <= getattr(self, f.name) < math.inf:
+                raise ValueError(f"{f.name}={getattr(self, f.name)}: must be >= {least}, and finite")
         served = re.fullmatch(r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/\S*)?", self.summarizer)
         rules = self.summarizer == "rules" and self.env == "sokoban_env"
         for name, wrong, right in (
@@ -688,8 +687,8 @@ def shown_skills(bank, picks, prompt, student, cfg, k):
         lender |= zip(poor, [lenders[i] for i in (x[len(lenders):] @ x[:len(lenders)].T).argmax(1)])
     skills = {}
     for task, pick in picks.items():
-        if cfg.skill_shown == "other" if pick else cfg.borrow != "no":
-            pick = bank.select(lender[task])
+        elsewhere = cfg.skill_shown == "other" if pick else cfg.borrow != "no"
+        pick = bank.select(lender[task]) if elsewhere else pick
         skills[task] = pick and (Skill("", "", "") if cfg.skill_shown == "empty" else pick["skill"])
     return skills
 
@@ -758,6 +757,7 @@ def train(cfg):
         # 2. S(x) <- UCB(B(x)); G trajectories per task, the student under the plain prompt
         tasks = pick_tasks(world.train, cfg, k)                # their ids
         picks = {task: bank.select(task) for task in tasks}    # None where B(x) is empty
+        decided = [e["picks"] > 0 and len(bank.entries[x]) > 1 for x, e in picks.items() if e]
         skills = shown_skills(bank, picks, prompt, student, cfg, k)
         rows = [task for task in tasks for _ in range(cfg.group_size)]
         episodes = rollout(teacher if cfg.actor == "teacher" else student, tokenizer,
@@ -796,7 +796,7 @@ def train(cfg):
         log.append(log_line(
             batch, metrics, iteration=[k], lost=[math.isnan(t.reward) for t in episodes],
             skill_share=[skill is not None for skill in skills.values()], lam=[now.lam],
-            bank_skills=[sum(map(len, bank.entries.values()))],
+            bank_skills=[sum(map(len, bank.entries.values()))], ucb_decided=decided,
             skills_failed=[len(chosen) - len(written)], seconds=[time.perf_counter() - start],
             **{f"heldout_{how}": [x == 1 for x in rewards] for how, rewards in heldout.items()},
             zero_spread_groups=[len({t.reward for t in group}) == 1 for group in groups.values()]))
@@ -872,7 +872,7 @@ def ask_server(trajectory, cfg, timeout=60):
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"        # local servers need none
     request.add_unredirected_header("Authorization", f"Bearer {key}")
     for wait in (1, 4, 0):
-        said, reason, end = b"", "no text", time.monotonic() + timeout     # also if it drips
+        said, reason, end = b"", "no text", time.monotonic() + timeout     # for a slow stream
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 while time.monotonic() < end and (part := answer.read1(1 << 20)):

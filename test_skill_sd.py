@@ -593,6 +593,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
         (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
     assert [(x["lam"], x["zero_spread_groups"]) for x in lines] == [
         (now.lam, 0.0) for (_, _, _, now, _), _ in calls["update"]]
+    assert lines[1].get("ucb_decided", 0) == 0 and ("ucb_decided" in lines[2]) == writes
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
     assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=99)) == folder    # may change
