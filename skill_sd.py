@@ -118,7 +118,7 @@ class Config:
         for f in fields(self):
             least = int(f.type is int and f.name not in ("seed", "iterations", "sync_every"))
             if f.type in (int, float) and not least <= getattr(self, f.name) < math.inf:
-                raise ValueError(f"{f.name}={getattr(self, f.name)}: must be >= {least}, and finite")
+                raise ValueError(f"{f.name}={getattr(self, f.name)}: must be finite, >= {least}")
         served = re.fullmatch(r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/\S*)?", self.summarizer)
         rules = self.summarizer == "rules" and self.env == "sokoban_env"
         for name, wrong, right in (
