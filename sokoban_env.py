@@ -21,12 +21,16 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
+import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 MOVES = ("up", "down", "left", "right")      # the order of every table below
 LETTERS = "UDLR"
@@ -382,6 +386,21 @@ def derived_seed(*parts):
 
 
 # ---- Environment ---------------------------------------------------------------------------------
+@dataclass
+class Settings:
+    """The settings of this world, and of its small player."""
+    size: int = 6                    # room size, walls included, as in the paper
+    boxes: int = 1                   # boxes per room; the paper has 2
+    min_moves: int = 3               # shortest optimal solution                        CHOICE
+    max_moves: int = 8               # longest optimal solution                         CHOICE
+    max_turns: int = 12              # answers per episode, here moves; the paper allows 40
+    train_levels: int = 256          # training levels; the paper has 96
+    test_levels: int = 2048          # held-out levels; the paper uses 64
+    split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
+    timid: float = 0.65              # share of moves away from boxes in the play that `tiny` clones
+    warm_demos: int = 24000          # games that the built-in model's warm start learns from
+
+
 SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
 
 The room is shown with one symbol per cell:
@@ -442,10 +461,10 @@ def shown(room):
 
 class SokobanEnv:
     """One level as a conversation: `reset`, then `step` with the model's text until done."""
-    system_prompt = SYSTEM_PROMPT
 
-    def __init__(self, level, max_turns=40):
+    def __init__(self, level, max_turns=40, system_prompt=SYSTEM_PROMPT):
         self.level, self.max_turns, self.task_id = level, max_turns, level.task_id
+        self.system_prompt = system_prompt
 
     def reset(self):
         """Start over. Returns the first observation (str)."""
@@ -483,6 +502,8 @@ def make_world(cfg):
     """An object with ids of tasks: train, the easiest first, and heldout; make_env(id), and levels.
     Training, validation and test levels (cfg.split says which are held out) are disjoint up to
     rotation and reflection. cfg.seed changes the training levels only."""
+    if not 0 <= cfg.timid <= 1:
+        raise ValueError(f"timid={cfg.timid}: a share, from 0 to 1")
     sets, levels = {}, []
     for name, n, seed in (("test", cfg.test_levels, 0), ("val", cfg.test_levels, 0),
                           ("train", cfg.train_levels, cfg.seed)):
@@ -491,10 +512,13 @@ def make_world(cfg):
         levels = levels + sets[name]
     by_id = {level.task_id: level for level in levels}
     train = sorted(sets["train"], key=lambda level: level.moves)
+    rules = "" if is_player(cfg.model) else SYSTEM_PROMPT      # it does not read English
+
+    def make_env(task_id):
+        return SokobanEnv(by_id[task_id], cfg.max_turns, rules)
     return SimpleNamespace(
-        train=[level.task_id for level in train], levels=levels,
-        heldout=[level.task_id for level in sets[cfg.split]],
-        make_env=lambda task_id: SokobanEnv(by_id[task_id], cfg.max_turns))
+        train=[level.task_id for level in train], levels=levels, make_env=make_env,
+        heldout=[level.task_id for level in sets[cfg.split]])
 
 
 # ---- The analyst, and demonstrations to learn from -----------------------------------------------
@@ -632,10 +656,29 @@ PLAYER_VERSION = 3               # to be raised with every change that a warm st
 # these how many of his own level, of another, or empty.
 WARM = dict(batch=32, lr=4e-3, noted=0.75, own_other_empty=(6, 3, 1))
 
-# It has no system prompt: rules in English would only be unknown words to it.
 TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
                  "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"
                  "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def is_player(model):
+    """Whether `model` is "tiny", or the folder of a student that was trained from it."""
+    template = Path(model) / "chat_template.jinja"
+    return model == "tiny" or template.exists() and template.read_text() == TINY_TEMPLATE
+
+
+@contextmanager
+def threads_for(model):
+    """For the small player, torch runs on one thread here unless OMP_NUM_THREADS says otherwise: on
+    tensors of this size threads only wait for each other, and beside another process for long."""
+    import torch
+    before = torch.get_num_threads()
+    if is_player(model) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tiny_tokenizer(size):
@@ -716,12 +759,19 @@ def player_kl(model, tokenizer, batch):
     return (p * (p.log() - logp)).sum(-1)
 
 
-def warm_start(folder, cfg, skill_text, exclude):
-    """Clone a player who is shy of boxes, less so with notes that fit, which stand where a skill
-    will. The targets are his move probabilities, in rooms that no level of `exclude` has; there the
-    clone is held against him. Writes model and tokenizer to the folder, whole or not at all."""
+def warm_start(cfg, skill_text, world):
+    """Returns the folder of the built-in player, who is made there if he is not yet: the clone of a
+    player who is shy of boxes, less so with notes that fit, which stand where a skill will. The
+    targets are his move probabilities, in rooms that no level of the world has; at held-out levels
+    the clone is held against him."""
     import torch
     from tqdm import tqdm
+    folder = player_folder(cfg, skill_text)
+    while int(os.environ.get("RANK", 0)) > 0 and not folder.exists():
+        time.sleep(0.1)                        # process 0 of torchrun makes it
+    if folder.exists():
+        return folder
+    exclude = world.levels
     tokenizer = tiny_tokenizer(cfg.size)
     model = tiny_model(tokenizer, cfg.seed)
     data = encode_games(demonstrations(
@@ -754,34 +804,44 @@ def warm_start(folder, cfg, skill_text, exclude):
         solved = sum(states[-1][1] == level.goals for level, states, *_ in games) / len(games)
         tqdm.write(f"{name}, at {len(games)} held-out levels: the player solves {100 * solved:.1f} "
                    f"%, KL(player || clone) {kl:.3f}")
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+def save_model(folder, model, tokenizer):
+    """Save both to a folder that is whole or absent. If it is there, another process was quicker,
+    or the same run before it was interrupted; it stays."""
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    if not folder.exists():                    # else another run was as quick
+    try:
         os.replace(part, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(part)
 
 
-def watch(cfg):
-    """Print an episode of a training task by the untrained player, a skill that a run of
-    skill_sd.py wrote for it, and at every turn what student and teacher think of MOVES."""
+def watch(trajectory, skill_text, model, tokenizer):
+    """Print an episode whose answers are one word each, and at every turn what student and teacher
+    think of MOVES: the model under `prompt`, and under `skill_prompt`, which tells the skill."""
     import torch
-    import skill_sd as sd                      # which imports this module
-    (bank,) = json.loads((sd.run_folder(cfg) / "bank.json").read_text())
-    if not bank or cfg.max_new_tokens > 1:     # no skill was written, or a move is many words
+    t, moves = trajectory, tokenizer.convert_tokens_to_ids([*MOVES])
+    if len(t.logps) != t.turns:                # an answer may have several tokens
         return
-    task = max(bank, key=lambda task: bank[task][-1]["source_reward"])
-    skill, world = sd.Skill(**bank[task][-1]["skill"]), make_world(cfg)
-    model, tokenizer = sd.load_model(cfg, world)
-    generator = torch.Generator(model.device).manual_seed(cfg.seed)
-    (t,) = sd.rollout(model, tokenizer, [world.make_env(task)], cfg, [skill], generator)
-    with torch.no_grad():
-        (p, _, every), (q, _, told) = (sd.response_logps(model, [t], cfg, read) for read in (0, 1))
-    moves = tokenizer.convert_tokens_to_ids([*MOVES])
-    print(f"\n{sd.SKILL_TEXT.format(**vars(skill))}\n\n{t.messages[0]['content']}\n\n"
+    views = []
+    for prompt in (t.prompt, t.skill_prompt):
+        ids = torch.tensor([prompt + t.ids], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1:-1]      # these predict t.ids
+        views.append(logits[torch.tensor(t.mask)].log_softmax(-1).tolist())  # (turns, V)
+    print(f"\n{skill_text}\n\n{t.messages[0]['content']}\n\n"
           "answer         student: up  down  left right  teacher: up  down  left right   log-ratio")
-    for message, here, there, l in zip(t.messages[1::2], every.exp(), told.exp(), (p - q)[0]):
-        here, there = ("  ".join(f"{x:.2f}" for x in chances[moves]) for chances in (here, there))
-        print(f"{message['content']:<22} {here}          {there}{l:12.2f}")
+    answers = [y for y, used in zip(t.ids, t.mask) if used]
+    for message, y, p, q in zip(t.messages[1::2], answers, *views):
+        student = "  ".join(f"{math.exp(p[move]):.2f}" for move in moves)
+        teacher = "  ".join(f"{math.exp(q[move]):.2f}" for move in moves)
+        print(f"{message['content']:<22} {student}          {teacher}{p[y] - q[y]:12.2f}")
 
 
 # ---- Play in a terminal --------------------------------------------------------------------------

@@ -65,5 +65,5 @@ def test_appworld_plays_two_worlds_at_once_and_trains(tmp_path, monkeypatch):
     result = skill_sd.train(cfg)
     assert result["sampled"] == result["greedy"] == pytest.approx(noop)      # no word for code
     log = (skill_sd.run_folder(cfg) / "log.jsonl").read_text().splitlines()
-    assert [(x["count_no_block"], x["lost"]) for x in map(json.loads, log)] == [(2, 0)] * 2
+    assert [(x["no_block"], x["lost"]) for x in map(json.loads, log)] == [(2, 0)] * 2
     appworld_adapter.stop_servers()

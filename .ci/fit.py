@@ -63,6 +63,12 @@ def conversations(rows, length, share):
                                 adv=row - 1.5) for row in range(rows)]
 
 
+def learn(model, teacher, optimizer, batch, cfg):
+    """What an iteration does with a micro-batch."""
+    teacher_logps = [skill_sd.score(teacher, batch, cfg)]
+    skill_sd.update(model, optimizer, [batch], teacher_logps, cfg.lam, cfg)
+
+
 def measure(phase, precision, share):
     """In a process of its own: peak and formula in bytes."""
     torch.set_num_threads(1)
@@ -71,18 +77,18 @@ def measure(phase, precision, share):
         before = status("VmRSS")
         model = llama(shape)
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        teacher = copy.deepcopy(model).requires_grad_(False)   # held for its memory
+        teacher = copy.deepcopy(model).requires_grad_(False)
         optimizer = torch.optim.Adam(model.parameters())
-        skill_sd.update(model, optimizer, conversations(1, 64, 0.5), cfg)      # Adam has its state
+        learn(model, teacher, optimizer, conversations(1, 64, 0.5), cfg)       # Adam has its state
     Path("/proc/self/clear_refs").write_text("5")              # the peak is counted anew
     rows, slots = 16 if phase == "play" else 4, 768
     if phase == "play":
-        decoder = skill_sd.Decoder(model.eval(), cfg)
+        decoder = skill_sd.Decoder(model.eval(), cfg, rows)
         with torch.no_grad():
             for _ in range(slots // 64):
-                decoder([[10 + row] * 64 for row in range(rows)])
+                decoder.read([[10] * 64] * rows)
     else:
-        skill_sd.update(model, optimizer, conversations(rows, slots, share), cfg)
+        learn(model, teacher, optimizer, conversations(rows, slots, share), cfg)
     formula = memory(SMALL, sum(p.numel() for p in model.parameters()), rows, slots, rows * slots,
                      int(rows * slots * share), precision)
     print(status("VmHWM") - before, formula[phase])

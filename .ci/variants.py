@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""What was tried and is not the method: each variant replaces one function of skill_sd.py.
+
+    python .ci/variants.py NAME [settings of skill_sd.py]
+
+    nearest        a task without skills borrows from the nearest task (with --method borrowed)
+    random_pick    the bank picks a random skill of the task, not the one of UCB
+    newest         the bank picks the newest skill of the task
+    exact          SDL is the KL over the whole vocabulary, not its estimate by sampled tokens
+
+The table is that of skill_sd.py. The runs are in runs/variants/NAME; --out X: X/variants/NAME.
+"""
+import sys
+from contextlib import closing, suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import skill_sd
+from skill_sd import begin, shown_skills, update
+
+
+def nearest(world, state, cfg):
+    """By the cosine of the student's mean hidden states over the plain prompts, less their mean
+    over the bank: what all prompts share would drown the rest."""
+    student, chat = state.student, skill_sd.Chat(state.tokenizer, cfg.prefill)
+
+    @cache
+    def prompt(task):
+        with closing(world.make_env(task)) as env:
+            ids = chat.prompt(env.system_prompt, env.reset())
+        return torch.tensor([ids], device=student.device)                            # (1, L)
+
+    @torch.no_grad()
+    def mean_hidden(task):
+        with skill_sd.autocast(student, cfg):
+            hidden = student.base_model(input_ids=prompt(task), use_cache=False).last_hidden_state
+        return hidden[0].float().mean(0)                                             # (H,)
+
+    def shown(picks, bank, cfg, k):
+        poor, lenders = [task for task in picks if not picks[task]], list(bank.entries)
+        if cfg.borrow and poor and lenders:
+            x = torch.stack([mean_hidden(task) for task in lenders + poor])          # (B, H)
+            x = F.normalize(x - x[:len(lenders)].mean(0), dim=1)
+            cosines = x[len(lenders):] @ x[:len(lenders)].T
+            lent = [bank.select(lenders[i]) for i in cosines.argmax(1)]
+            picks = picks | dict(zip(poor, lent))
+        return shown_skills(picks, bank, cfg, k)
+    skill_sd.shown_skills = shown
+
+
+def random_pick(world, state, cfg):
+    def select(bank, task):
+        entries = bank.entries.get(task, [None])
+        picks = sum(e["picks"] for e in entries if e)          # an interrupted run draws the same
+        return entries[skill_sd.derived_seed(cfg.seed, task, picks) % len(entries)]
+    skill_sd.SkillBank.select = select
+
+
+def newest(world, state, cfg):
+    def select(bank, task):
+        return bank.entries.get(task, [None])[-1]
+    skill_sd.SkillBank.select = select
+
+
+def vocabulary(model, part, cfg, with_skill=False):
+    """The log-probs (n, V) of all words where `response_logps` reads those of n action tokens."""
+    seen = []
+    with model.register_forward_hook(lambda model, args, out: seen.append(out.logits)):
+        skill_sd.response_logps(model, part, cfg, with_skill)
+    return (seen[0].float() / cfg.temperature).log_softmax(-1)
+
+
+def exact(world, state, cfg):
+    def exact_update(student, optimizer, parts, teacher_logps, lam, cfg):
+        coming = iter(parts * cfg.updates_per_iteration)       # `update` takes them in this order
+
+        def kl(logp, logp_teacher, logp_old, mask, n):
+            part = next(coming)
+            p = vocabulary(student, part, cfg)
+            with torch.no_grad():
+                q = vocabulary(state.teacher, part, cfg, with_skill=True)
+            return (p.exp() * (p - q)).sum() / n
+        skill_sd.sdl_loss = kl
+        return update(student, optimizer, parts, teacher_logps, lam, cfg)
+    skill_sd.update = exact_update
+
+
+def main():
+    variants = dict(nearest=nearest, random_pick=random_pick, newest=newest, exact=exact)
+    if len(sys.argv) < 2 or sys.argv[1] not in variants:
+        sys.exit(f"usage: variants.py {'|'.join(variants)} [settings of skill_sd.py]")
+    name = sys.argv.pop(1)
+    out = Path(skill_sd.parse_args().get("out", "runs"))
+    folder = out / "variants" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for warm in out.glob("warm-start-????????????"):           # those that are there are shared
+        with suppress(FileExistsError):
+            (folder / warm.name).symlink_to(warm.resolve())
+    sys.argv += ["--out", str(folder)]                         # the last --out counts
+
+    def begin_variant(cfg):
+        world, state = begin(cfg)
+        variants[name](world, state, cfg)
+        return world, state
+    skill_sd.begin = begin_variant
+    skill_sd.main()
+
+
+if __name__ == "__main__":
+    main()
