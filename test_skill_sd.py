@@ -474,7 +474,7 @@ def differentiated(model, batch, cfg, loss):
 def test_sync_teacher(tiny, precision, low, high):
     """In its turn it is the student before the update. Weights are float32, bfloat16 no no-op."""
     models = student, teacher = copy.deepcopy(tiny[0]), sokoban_env.tiny_model(tiny[1], seed=1)
-    optimizer, rewards, dtypes = torch.optim.SGD(student.parameters(), 1.0), iter([0, 1] * 12), []
+    optimizer, rewards, dtypes = torch.optim.SGD(student.parameters(), 1.0), iter([0, 1] * 16), []
     optimizer.register_step_pre_hook(
         lambda *args: dtypes.extend(x.dtype for p in student.parameters() for x in (p, p.grad)))
     state = State(student, teacher, optimizer, SkillBank(1.0), tiny[1], torch.Generator())
