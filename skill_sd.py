@@ -301,11 +301,11 @@ def iteration(k, state, tasks, make_env, cfg):
     # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt
     picks = {x: bank.select(x) for x in tasks}                 # None while B(x) is empty: l = 0
     skills = shown_skills(picks, bank, cfg, k)                 # the picked ones, but for controls
-    groups = [x for x in tasks for _ in range(cfg.group_size)]
+    xs = [x for x in tasks for _ in range(cfg.group_size)]     # each task G times
     actor = teacher if cfg.actor == "teacher" else student     # the student, but for an ablation
-    episodes = rollout(actor, state.tokenizer, [make_env(x) for x in groups], cfg,
-                       [skills[x] for x in groups], state.generator)   # renders x + S(x), too
-    for x, t in zip(groups, episodes):
+    episodes = rollout(actor, state.tokenizer, [make_env(x) for x in xs], cfg,
+                       [skills[x] for x in xs], state.generator)         # renders x + S(x), too
+    for x, t in zip(xs, episodes):
         assert t.task_id == x, f"make_env({x!r}) has the task_id {t.task_id!r}"
 
     # 3. rewards, group advantages. CHOICE: lost episodes (nan) are left out of all that follows
@@ -568,6 +568,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     each = map
     if any(getattr(env, "concurrent", False) for env in envs):           # they wait for a server
         each = ThreadPoolExecutor(len(envs)).map
+    # First the prompts; then, turn by turn, an answer of each conversation, a step of each world.
     trajectories, playing, chunks = [], [], []
     tasks = list(each(lambda env: env.reset(), envs))
     for env, skill, task in zip(envs, skills, tasks):
@@ -636,8 +637,7 @@ Answer with one JSON object and nothing else. It has exactly these three fields,
 "success_analysis": which choices were right, and why (at most three sentences).
 "mistake_analysis": what failed or lost time: a wrong assumption, a step that cannot be undone ...
 "golden_workflow": the procedure to follow next time, as short ordered steps.
-Do not retell the transcript. If the attempt failed, say what to do instead.
-The completion is the share of the task that was done at the end; 1.00 is success."""
+Do not retell the transcript. If it failed, say what to do instead. Completion 1.00 is success."""
 
 
 def shown_skills(picks, bank, cfg, k):
