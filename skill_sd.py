@@ -13,7 +13,7 @@ that teacher trains the student, which never sees a skill. One iteration:
     3. A_i = (R_i - mean(R)) / (std(R) + eps)              group_advantages  test_advantages_*
     4. log pi_theta-bar(y_t | x + S(x), y_<t)              score             test_rescoring_*
     5. Eq. 10: L_GRPO = -1/N sum min(r A, clip(r) A)       grpo_loss         test_grpo_*
-       Eq. 11: l = log pi_theta(y) - log pi_theta-bar(y)   sdl_loss          test_sdl_*
+       Eq. 11: l = log pi(y | x) - log pi-bar(y | x + S)   sdl_loss          test_sdl_*
        Eq. 12: rho = pi_theta(y) / pi_theta_old(y)
        Eq. 13: L_SDL = 1/N sum rho (exp(-l) - 1 + l)
        Eq. 14: minimise L = L_GRPO + lambda L_SDL          update            test_update_*
@@ -24,8 +24,8 @@ that teacher trains the student, which never sees a skill. One iteration:
     python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
 
 Part I is the method, to `iteration`; Part II prompts, forward passes, rollout and summarizer; Part
-III settings, runs and table. The game and the demo's tiny player are in sokoban_env.py. CHOICE: the
-paper leaves it open. DEVIATION: we differ from it. Needs: what to copy along with a piece.
+III settings, runs and table. The game and the demo's tiny player are in sokoban_env.py. CHOICE: no
+public text says it. DEVIATION: we differ from the paper. Needs: what to copy along with a piece.
 """
 import argparse
 import copy
@@ -61,9 +61,9 @@ from sokoban_env import derived_seed
 # ==== Part I: the method ==========================================================================
 @dataclass
 class Method:
-    """The method's settings. Config, in Part III, adds more. The comments are the help texts."""
-    iterations: int = 60             # iterations; the paper runs 180 on Sokoban     DEVIATION
-    tasks_per_iteration: int = 16    # tasks per iteration                              CHOICE
+    """The method's settings and help texts. The values fit the demo's tiny model; see PRESETS."""
+    iterations: int = 60             # the paper runs 180 on Sokoban                    DEVIATION
+    tasks_per_iteration: int = 16    # the tasks of a batch                             CHOICE
     group_size: int = 8              # G, rollouts per task                             CHOICE
     temperature: float = 1.0         # of sampling and of scoring alike                 CHOICE
     lam: float = 0.1                 # lambda, weight of SDL; paper: 0.001 (AppWorld)   DEVIATION
@@ -81,7 +81,7 @@ class Method:
     skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # who sees skills in training
     skill_shown: Literal["own", "other", "empty"] = "own"  # another task's skill, or no words
     borrow: Literal[0, 1] = 0        # 1: a task without skills is shown another's   DEVIATION
-    lam_until: float = math.inf      # share of the run over which lambda falls to 0 DEVIATION
+    lam_until: float = math.inf      # share of the run in which lambda falls to 0   DEVIATION
 
     def lam_at(self, k):
         """lambda in iteration k: constant, unless lam_until is finite."""
@@ -111,7 +111,7 @@ class SkillBank:
         self.c, self.size, self.entries = c, size, {}
 
     def select(self, task_id):
-        """The entry with the highest UCB score (of equals the oldest); None without skills."""
+        """The entry with the highest UCB score, the oldest of several; None without skills."""
         entries = self.entries.get(task_id, [])
         n_ucb = sum(e["picks"] for e in entries)               # DEVIATION: of skills still held
         def ucb(e):
@@ -128,13 +128,13 @@ class SkillBank:
 
     def wants(self, task_id, source_reward):
         """CHOICE: a skill may enter if its trajectory beats those of all held ones, or if all were
-        picked twice. If every skill did, untried ones would always go first: no UCB."""
+        picked twice. If every skill entered, one would always be untried: UCB never decided."""
         entries = self.entries.get(task_id, [])
         better = all(source_reward > e["source_reward"] for e in entries)
         return better or all(e["picks"] >= 2 for e in entries)
 
     def add(self, task_id, skill, source_reward=0.0):
-        """Insert a skill, unless its text is there. CHOICE: if full, the worst tried one leaves."""
+        """Insert a skill, unless it is there. CHOICE: in a full bank the worst tried one leaves."""
         entries = self.entries.setdefault(task_id, [])
         if any(e["skill"] == skill for e in entries):
             return
@@ -147,10 +147,10 @@ class SkillBank:
 
 @dataclass
 class Trajectory:
-    """One episode tau_i of a task x. Its ids are the same under both prompts. Two actions, A of two
-    tokens and B of one, with an observation o of two tokens between them:
-        prompt, what the student reads          x         A A o o B    ids
-        skill_prompt, what the teacher reads    x + S(x)  A A o o B    ids
+    """One episode tau_i of a task x. Its ids are the same under both prompts. Two actions, a of two
+    tokens and b of one, with an observation o of two tokens between them:
+        prompt, what the student reads          x         a a o o b    ids
+        skill_prompt, what the teacher reads    x + S(x)  a a o o b    ids
                                                           1 1 0 0 1    mask: sampled by the actor"""
     task_id: str
     skill: Skill | None              # S(x)
@@ -167,21 +167,21 @@ class Trajectory:
 
 
 # ---- The losses: pure functions of tensors (B, T), to be lifted into any trainer -----------------
-def token_mean(x, mask, n=None):
-    """1/N sum of x (B, T) where mask is set, N times. For a part of a batch, pass the whole batch's
-    N as `n`: then values and gradients of the parts add up. Needs: torch."""
+def token_mean(values, mask, n=None):
+    """1/N sum of values (B, T) over the N tokens where mask is set. For a part of a batch, pass the
+    whole batch's N as `n`: then values and gradients of the parts add up. Needs: torch."""
     if n is None:
         n = mask.sum().clamp(min=1)
-    return torch.where(mask.bool(), x, 0.0).sum() / n
+    return torch.where(mask.bool(), values, 0.0).sum() / n
 
 
 def group_advantages(rewards, group_size, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over each group of consecutive rollouts of one task.
     rewards: (n,), nan where an episode was lost. CHOICE: population std, eps. Returns (n,) float32,
-    exactly 0 for nan, for equal rewards and for the only one of a group. Needs: math, torch."""
-    assert len(rewards) % group_size == 0, f"{len(rewards)} rewards, not times {group_size=}"
+    exactly 0 for nan, for equal rewards and in a group of one. Needs: math, torch."""
+    assert len(rewards) % group_size == 0, f"{len(rewards)} rewards: no multiple of {group_size=}"
     r = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)           # (tasks, G)
-    r = r - r.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # makes the mean of equal ones exact
+    r = r - r.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # less the least: equal ones are 0
     deviation = r - r.nanmean(1, keepdim=True)
     std = deviation.square().nanmean(1, keepdim=True).sqrt()
     return (deviation / (std + eps)).nan_to_num(0.0).flatten().float()
@@ -200,7 +200,8 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
 def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
     """1/N sum rho * k3, k3 = exp(-l) - 1 + l: the importance-weighted reverse KL to the teacher.
     All (B, T); padding may hold anything. For tokens that pi_old sampled, the expected gradient at
-    a fixed prefix is that of KL(student || teacher), for every theta, as rho is differentiated too:
+    a fixed prefix is that of KL(student || teacher), for every theta, as rho is differentiated too
+    (detached, it would be that of KL(teacher || student) at theta_old):
         d(rho * k3) / dlogp_student = rho * l
     Example, rho = 1 and l = -1, 0, 1: loss (0.718 + 0 + 0.368) / 3, gradient [-1/3, 0, 1/3].
     Returns float64, as exp(-l) soon overflows float32. Needs: torch, token_mean."""
@@ -210,7 +211,7 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
     rho = log_rho.clamp(max=20).exp()                          # Eq. 12. CHOICE: at most e^20
     k3 = torch.expm1(-l) + l                                   # exp(-l) - 1 + l, accurate near 0
     # Autograd would take the gradient, rho * l, as a difference of numbers of size exp(-l). So the
-    # value is a constant here, and the gradient is written out: it multiplies a 0 of slope 1.
+    # value is detached, and the gradient is written out, times a term of value 0 and slope 1.
     zero = logp_student - logp_student.detach()
     return token_mean(rho * k3 + rho * l * zero, mask, n)                            # Eq. 13
 
@@ -218,7 +219,7 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
 # ---- Scoring and updating ------------------------------------------------------------------------
 def response_logps(model, part, cfg, with_skill=False):
     """(logp, mask), (B, T) each, of the action tokens y_t of B trajectories: log pi(y_t | x, y_<t),
-    or log pi(y_t | x + S(x), y_<t). Column t is the t-th action token under either prompt."""
+    or log pi(y_t | x + S(x), y_<t). Column j is the j-th action token under either prompt."""
     rows, masks = [], []
     for t in part:
         prompt = t.skill_prompt if with_skill else t.prompt
@@ -227,12 +228,12 @@ def response_logps(model, part, cfg, with_skill=False):
     ids = pad_sequence(rows, True).to(model.device)                                  # (B, L)
     action = pad_sequence(masks, True).to(model.device)                              # (B, L)
     before = action.roll(-1, dims=1)           # the positions that predict the action tokens
-    with logits_at(before, model), autocast(model, cfg):       # right padding: no attention mask
+    with logits_at(before, model), autocast(model, cfg):       # causal: right padding is unseen
         logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
     logp = -cross_entropy(logits / cfg.temperature, ids[action], reduction="none")
     counts = action.sum(1)                                                           # (B,)
     logp = pad_sequence(logp.split(counts.tolist()), True)                           # (B, T)
-    mask = torch.arange(logp.shape[1], device=logp.device) < counts[:, None]         # no padding
+    mask = torch.arange(logp.shape[1], device=logp.device) < counts[:, None]         # of tokens
     return logp, mask
 
 
@@ -246,37 +247,37 @@ def score(teacher, part, cfg):
 def update(student, optimizer, parts, teacher_logps, lam, cfg):
     """Minimise Eq. 14 over the parts of a batch. Returns metrics. If there is one step, then r =
     rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
-    rewards every token, by how much likelier the teacher finds it."""
-    student.train(bool(cfg.gradient_checkpointing))            # which needs it; dropout is 0
+    rewards every token by how much likelier the teacher finds it."""
+    student.train(bool(cfg.gradient_checkpointing))            # checkpointing needs it; no dropout
     n_tokens = sum(sum(t.mask) for part in parts for t in part)                      # N
-    n_tokens = np.mean(gather(n_tokens))       # of several processes: gradients are averaged, too
+    n_tokens = np.mean(gather(n_tokens))       # mean over the processes, as gradients are averaged
+    reads_skill = cfg.skill_reader == "student"                # an ablation
     old_logps = []
     for step in range(cfg.updates_per_iteration):
         optimizer.zero_grad()
-        losses = defaultdict(float)
+        metrics = defaultdict(float)
         logps = []
         for i, part in enumerate(parts):
-            reads_skill = cfg.skill_reader == "student"        # an ablation
             logp, mask = response_logps(student, part, cfg, with_skill=reads_skill)
             logps.append(logp.detach())
-            if step == 0:                      # theta is still theta_old. DEVIATION: scored again
+            if step == 0:                      # log pi_theta_old. DEVIATION: not the sampler's
                 old_logps.append(logp.detach())
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
             pg = grpo_loss(logp, old_logps[i], adv, mask, cfg.clip_low, cfg.clip_high, n_tokens)
             sdl = 0.0
             if teacher_logps:
                 sdl = sdl_loss(logp, teacher_logps[i], old_logps[i], mask, n_tokens)
-                losses["sdl_loss"] += sdl.item()
+                metrics["sdl_loss"] += sdl.item()
             loss = cfg.reward_weight * pg + lam * sdl          # Eq. 14: L = L_GRPO + lambda L_SDL
             loss.backward()                    # gradients add up over the parts
-            losses["pg_loss"] += pg.item()
+            metrics["pg_loss"] += pg.item()
         average_gradients(student)             # over the processes
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
-        losses["grad_norm"] = norm.item()
-        assert math.isfinite(sum(losses.values())), f"{dict(losses)}: lower lr or lam"
+        metrics["grad_norm"] = norm.item()
+        assert math.isfinite(sum(metrics.values())), f"{dict(metrics)}: lower lr or lam"
         optimizer.step()
     optimizer.zero_grad()                      # free the gradients for the next rollout
-    return dict(losses) | measure(parts, logps, old_logps, teacher_logps, cfg)
+    return dict(metrics) | measure(parts, logps, old_logps, teacher_logps, cfg)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -299,12 +300,12 @@ def iteration(k, state, tasks, make_env, cfg):
         teacher.load_state_dict(student.state_dict())
 
     # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt
-    picks = {x: bank.select(x) for x in tasks}                 # None while B(x) is empty: l = 0
-    skills = shown_skills(picks, bank, cfg, k)                 # the picked ones, but for controls
+    picks = {x: bank.select(x) for x in tasks}                 # None while B(x) is empty
+    skills = shown_skills(picks, bank, cfg, k)                 # Skill or None; others in controls
     xs = [x for x in tasks for _ in range(cfg.group_size)]     # each task G times
     actor = teacher if cfg.actor == "teacher" else student     # the student, but for an ablation
     episodes = rollout(actor, state.tokenizer, [make_env(x) for x in xs], cfg,
-                       [skills[x] for x in xs], state.generator)         # renders x + S(x), too
+                       [skills[x] for x in xs], state.generator)      # S(x) is rendered for step 4
     for x, t in zip(xs, episodes):
         assert t.task_id == x, f"make_env({x!r}) has the task_id {t.task_id!r}"
 
@@ -319,7 +320,7 @@ def iteration(k, state, tasks, make_env, cfg):
     parts = micro_batches(batch, cfg.micro_batch_tokens)
     lam = cfg.lam_at(k)
     teacher_logps = []
-    if lam > 0 and (any(skills.values()) or cfg.sync_every != 1):        # else the two are equal
+    if lam > 0:
         teacher_logps = [score(teacher, part, cfg) for part in parts]
 
     # 5. minimise L over these tokens
@@ -337,7 +338,7 @@ def iteration(k, state, tasks, make_env, cfg):
     written = summarize(chosen, student, state.tokenizer, cfg, state.generator)
     for t, skill in written:
         bank.add(t.task_id, skill, t.reward)
-    return episodes, metrics | dict(skills_failed=len(chosen) - len(written))
+    return episodes, metrics | {"skills_failed": len(chosen) - len(written)}
 
 
 # ==== Part II: the engine =========================================================================
@@ -369,8 +370,8 @@ class Chat:
         self.eos_ids = {tokenizer.eos_token_id}
         if self.end_ids and self.end_ids[0] in added.values():
             self.eos_ids.add(self.end_ids[0])  # the template's own token that ends a turn
-        self.control = "(?!)"                  # a pattern, here of nothing: the first character of
-        for token in added:                    # each control token
+        self.control = "(?!)"                  # matches nothing; then: a control token's beginning
+        for token in added:
             name = token.strip(" \t\r\n\u2581")
             if len(name) > 1:                  # the others, runs of blanks, do no harm
                 self.control += f"|{re.escape(name[0])}(?={re.escape(name[1:])})"
@@ -459,7 +460,7 @@ def measure(parts, logps, old_logps, teacher_logps, cfg):
     tokens = []
     for part, *padded in zip(parts, logps, old_logps, teacher_logps or logps):
         for t, *rows in zip(part, *[x.tolist() for x in padded]):
-            tokens += zip(*rows, [t.adv] * len(t.logps), t.logps)        # ends before the padding
+            tokens += zip(*rows, [t.adv] * len(t.logps), t.logps)        # zip stops at the shortest
     logp, old, teacher, adv, sampled = np.transpose(sum(gather(tokens), []))
     ratio = np.exp(np.minimum(logp - old, 20))
     clipped = ratio.clip(1 - cfg.clip_low, 1 + cfg.clip_high)
@@ -488,18 +489,17 @@ class Decoder:
         self.cache = KeyValueCache()
         named = inspect.signature(model.forward).parameters    # past_key_values is being retired
         self.keyword = "cache" if "cache" in named else "past_key_values"
-        # A sliding window counts padding: if it may fill up, every call reads the whole rows again.
-        window = getattr(model.config.get_text_config(), "sliding_window", None)
-        self.reads_again = (window or math.inf) < cfg.max_context
+        self.window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
 
     def read(self, chunks):
         """Append ids to rows (some may get none). Returns log-probs (B, V) of what is next."""
         self.rows = [row + chunk for row, chunk in zip(self.rows, chunks)]
-        if self.reads_again:
+        longest = max(map(len, chunks))
+        if self.attention_mask.shape[1] + longest > self.window:     # it counts padding: read anew
             chunks = self.rows
+            longest = max(map(len, chunks))
             self.attention_mask = self.attention_mask[:, :0]
             self.cache = KeyValueCache()
-        longest = max(map(len, chunks))
         ids = torch.tensor([[-1] * (longest - len(chunk)) + chunk for chunk in chunks])
         for part in ids.to(self.model.device).split(512, 1):   # bounds the attention mask's size
             self.attention_mask = torch.cat([self.attention_mask, (part >= 0).long()], 1)
@@ -614,7 +614,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
                 reward = env.completion()      # CHOICE: a full context ends the episode
                 assert isinstance(reward, (int, float, np.generic)), (
                     f"{type(env).__name__}.completion returned {reward!r}, not a number")
-                t.reward = round(float(reward), 9)             # 0.1 * 10 must count as 1
+                t.reward = round(float(reward), 9)             # ten times 0.1 must be 1
                 t.counts |= dict(truncated=not done) | getattr(env, "counts", {})
                 env.close()
             else:
@@ -669,8 +669,7 @@ def summarize(batch, student, tokenizer, cfg, generator):
     else:
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(partial(ask_server, cfg=cfg), texts))
-    skills = []
-    failed = []
+    skills, failed = [], []
     for t, answer in zip(batch, answers):
         try:
             skills.append((t, parse_skill(answer)))
@@ -682,8 +681,8 @@ def summarize(batch, student, tokenizer, cfg, generator):
 
 
 def ask_student(texts, student, tokenizer, cfg, generator):
-    """The student's answers, each an episode of one turn. CHOICE: their JSON is begun for it, and
-    sampled at 0.6: small models seldom end it otherwise. A transcript too long costs a skill."""
+    """The student's answers, each an episode of one turn; none to a transcript that is too long.
+    CHOICE: they begin with a prefill and are sampled at 0.6: else small models seldom end one."""
     longest = getattr(student.config.get_text_config(), "max_position_embeddings", cfg.max_context)
     own = replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=longest, temperature=0.6,
                   prefill='{"success_analysis": "')
@@ -725,14 +724,13 @@ def ask_server(text, cfg, timeout=60):
 
 
 def parse_skill(text):
-    """The Skill in a summarizer's answer; ValueError if there is none. Accepts code fences, text
-    around the object, more fields, lists of lines, null, and an object that is cut off or ill-
-    formed around three whole strings. Needs: json, re, Skill."""
+    """The Skill in a summarizer's answer, else ValueError. Forgives fences, other text and fields,
+    lists of lines, null, and bad JSON around the three strings in order. Needs: json, re, Skill."""
     names = ("success_analysis", "mistake_analysis", "golden_workflow")
     text = text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
     # The last string ends before another key or the object's end, not at a quote within it.
-    strings += r'(?=\s*,\s*"\w+"\s*:|\s*,?\s*(?:[}`][^"]*)?$)'
+    strings += r'(?=\s*,\s*"\w+"\s*:|[\s,]*(?:[}`][^"]*)?$)'
     pieces = []
     answer = re.split(r"</think(?:ing)?>|\[/THINK\]", text)[-1]
     for part in (answer, text):                # what follows the thinking, else everything
@@ -772,7 +770,7 @@ class Config(Method, sokoban_env.Settings):
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the model
     save_every: int = 10             # iterations between checkpoints
     evals: int = 10                  # held-out evaluations along the run, before the last one
-    curriculum: float = 0.5          # share of the run after which all tasks are in     CHOICE
+    curriculum: float = 0.5          # share of the run after which all tasks are used   CHOICE
     env: str = "sokoban_env"         # appworld_adapter, or any module with a make_world(cfg)
     model: str = "tiny"              # tiny: the built-in model; else a Hugging Face name or folder
     precision: Literal["float32", "bfloat16"] = "float32"  # of rollout and scoring alike
@@ -802,9 +800,10 @@ class Config(Method, sokoban_env.Settings):
                 ("group_size", self.group_size > 1 or not self.reward_weight, "at least 2"),
                 ("temperature", self.temperature > 0, "must be above 0"),
                 ("lam_until", self.lam_until > 0, "must be above 0; inf: constant"),
-                ("tasks_per_iteration", self.tasks_per_iteration % RANKS == 0, f"times {RANKS}"),
+                ("tasks_per_iteration", self.tasks_per_iteration % RANKS == 0,
+                 f"must be a multiple of {RANKS}"),
                 ("skill_reader", read, "a teacher that acts or distils (lam > 0) must read it"),
-                ("device", self.device == "cpu" or torch.cuda.is_available(), "none is here"),
+                ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU is found"),
                 ("max_context", self.max_context > least, f"must exceed {least}: skill, answer"),
                 ("summarizer", served or rules or self.summarizer == "self",
                  "self, a server http://HOST/v1, or for Sokoban rules"),
@@ -822,11 +821,11 @@ METHODS = {
     "opd": dict(reward_weight=0.0, lam=1.0),                       # SDL alone, its weight CHOICE
     "skill_grpo": dict(lam=0.0, skill_reader="student"),           # skill in the student's prompt
     "frozen": dict(sync_every=0),                                  # ablations: frozen teacher
-    "off_policy_frozen": dict(actor="teacher", sync_every=0),      # the teacher acts
-    "off_policy": dict(actor="teacher"),
+    "off_policy_frozen": dict(actor="teacher", sync_every=0),      # the teacher acts. CHOICE: r and
+    "off_policy": dict(actor="teacher"),                           # rho against the student
     "falling": dict(lam_until=0.5),                                # DEVIATION: to 0 at half
     "borrowed": dict(borrow=1),                                    # DEVIATION: see `borrow`
-    "borrowed_falling": dict(borrow=1, lam=0.3, lam_until=0.5),    # tuned in scarce
+    "borrowed_falling": dict(borrow=1, lam=0.3, lam_until=0.5),    # lam: from scarce, split val
     "empty_borrowed_falling": dict(borrow=1, lam=0.3, lam_until=0.5, skill_shown="empty"),
     "other_skill": dict(skill_shown="other"),                      # controls: does its text matter?
     "empty_skill": dict(skill_shown="empty"),
@@ -834,7 +833,7 @@ METHODS = {
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, evals=0,
             micro_batch_tokens=16384, lam=0.001)               # the paper's best on AppWorld
 PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_batch=16)
-PRESETS = {
+PRESETS = {      # of the paper: model, boxes, levels, turns, iterations, lam; the rest is CHOICE
     "tiny": {},                                # easy levels: many rollouts are rewarded
     "scarce": dict(min_moves=5, max_moves=12, max_turns=16, timid=0.9, tasks_per_iteration=4,
                    group_size=4, iterations=160, lr=5e-4, curriculum=0.0),
@@ -916,6 +915,7 @@ def train(cfg):
     folder = run_folder(cfg)
     finished = folder / "result.json"
     if finished.exists():
+        tqdm.write(f"finished before: {finished}")
         return json.loads(finished.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     with sokoban_env.threads_for(cfg.model):
@@ -936,7 +936,7 @@ def train(cfg):
             log.append(log_line([line | metrics, *rows], episodes))
             write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
             if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
-                saved = dict(log=log, banks=json.dumps(gather(state.bank.entries), default=asdict))
+                saved = {"log": log, "bank": json.dumps(gather(state.bank.entries), default=asdict)}
                 for name in ("student", "teacher", "optimizer"):
                     saved[name] = getattr(state, name).state_dict()
                 write(folder / "checkpoint.pt", saved)
@@ -977,7 +977,7 @@ def resume(folder, state):
     for name in ("student", "teacher", "optimizer"):
         getattr(state, name).load_state_dict(saved[name])
     state.bank.entries = json.loads(
-        saved["banks"], object_hook=lambda x: Skill(**x) if "golden_workflow" in x else x)[RANK]
+        saved["bank"], object_hook=lambda x: Skill(**x) if "golden_workflow" in x else x)[RANK]
     return saved["log"]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import fnmatch
-import functools
 import http.server
 import inspect
 import json
@@ -20,7 +19,7 @@ import threading
 import time
 import types
 from pathlib import Path
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import Mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -174,7 +173,7 @@ def test_parse_skill_forgives_what_surrounds_it_and_refuses_what_is_none():
 
 def test_ucb_by_hand():
     """And the bank takes only what is new, and drops the worst."""
-    bank, greedy, small = SkillBank(c=1.0), SkillBank(c=0.0), SkillBank(c=1.0, size=2)
+    bank, small = SkillBank(c=0.5), SkillBank(c=1.0, size=2)
     a, b, c = (Skill(name, "", "") for name in "abc")
     assert bank.select("t") is None
     for task, skill in (("t", a), ("t", b), ("other", a)):
@@ -182,15 +181,14 @@ def test_ucb_by_hand():
     first, second = bank.entries["t"]
     for chosen, reward in ((first, 0.9),       # untried before any tried one
                            (second, 0.1),
-                           (first, 0.3),       # equal bonus: 0.9 against 0.1
-                           (first, 0.0),       # 0.6, n 2: 1.341; 0.1, n 1: 1.148
-                           (second, 0.36),     # 0.4, n 3: 1.080; 0.1, n 1: 1.277
-                           (first, 0.0)):      # 0.4, n 3: 1.132; 0.23, n 2: 1.127
+                           (first, 0.0),       # equal bonus: 0.9 against 0.1
+                           (first, 0.2),       # 0.45, n 2: 0.821; 0.1, n 1: 0.624
+                           (first, 0.0),       # 0.367, n 3: 0.707; 0.1, n 1: 0.689
+                           (second, 0.0),      # 0.275, n 4: 0.592; 0.1, n 1: 0.734
+                           (first, 0.0)):      # 0.275, n 4: 0.610; 0.05, n 2: 0.523
         assert bank.select("t") is chosen
         bank.credit(chosen, reward)
         bank.credit(bank.select("other"), 0.0) # N is per task
-    greedy.entries = bank.entries
-    assert greedy.select("t")["skill"] == a
     for reward, wanted, skill, held, credited in (
             (0.0, True, a, [a], ()), (1.0, True, a, [a], ()), (0.5, True, b, [a, b], ()),
             (0.2, False, c, [a, b], [(0, 0.7), (0, 0.2), (1, 0.2)]),   # it has to beat every one
@@ -207,8 +205,8 @@ def test_ucb_by_hand():
 
 
 # ---- Prompts, of templates and tokenizers as real models have them -------------------------------
-def template(start, end, before="", opens="", content="m.content"):
-    return (before + "{% for m in messages %}" + start + "{{ " + content + " }}" + end +
+def template(start, end, before="", opens=""):
+    return (before + "{% for m in messages %}" + start + "{{ m.content | trim }}" + end +
             "{% endfor %}{% if add_generation_prompt %}{% set m = {'role': 'assistant'} %}" +
             start + opens + "{% endif %}")
 
@@ -220,19 +218,15 @@ LLAMA_2 = TINY.replace("<|end|>", " </s>")     # a blank before what ends a turn
 MISTRAL = ("<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and "
            "messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }} "
            "[/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}")
-TRIM, THOUGHTLESS = "m.content | trim", "m.content.split('</think>')[-1]"
 FAMILIES = dict(                               # what ends a turn, and the template
-    tiny=("<|end|>", TINY), chatml=("<|im_end|>", template(*CHATML)), mistral=("</s>", MISTRAL),
-    default_system=("<|im_end|>", template(*CHATML, "{% if messages[0].role != 'system' %}"
-                                           "<|im_start|>system\nYou help.<|im_end|>\n{% endif %}")),
-    llama_3=("<|eot_id|>", template("<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n",
-                                    "<|eot_id|>", "<s>", content=TRIM)),
+    tiny=("<|end|>", TINY), mistral=("</s>", MISTRAL),
+    chatml=("<|im_end|>", template(*CHATML, "{% if messages[0].role != 'system' %}<|im_start|>"
+                                   "system\nYou help.<|im_end|>\n{% endif %}")),
     gemma=("<end_of_turn>", template(
         "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n", "<end_of_turn>\n",
-        "<s>{% if messages[0].role == 'system' %}{{ raise_exception(0) }}{% endif %}", "", TRIM)),
+        "<s>{% if messages[0].role == 'system' %}{{ raise_exception(0) }}{% endif %}")),
     glm_4=("<|user|>", template("<|{{ m.role }}|>\n", "", "[gMASK]<sop>")),   # the next header
-    drops_thinking=("<|im_end|>", template(*CHATML, content=THOUGHTLESS)),
-    opens_thinking=("<|im_end|>", template(*CHATML, "", "<think>\n", THOUGHTLESS)),
+    opens_thinking=("<|im_end|>", template(*CHATML, "", "<think>\n")),
     always=("</s>", LLAMA_2), first=("</s>", LLAMA_2), normalizer=("</s>", LLAMA_2))
 
 
@@ -249,8 +243,8 @@ def spoken(request):
             [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     elif sentencepiece:
         tokenizer.pre_tokenizer = Metaspace(prepend_scheme=name)
-    tokenizer.add_special_tokens("<s> </s> <|start_header_id|> <|end_header_id|> <|eot_id|> <sop> "
-                                 "[gMASK] <|system|> <|user|> <|assistant|>".split())
+    tokenizer.add_special_tokens(
+        "<s> </s> [gMASK] <sop> <|system|> <|user|> <|assistant|>".split())
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (
         "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
         "<think>", "</think>", "\n\n\n", "think>up")])          # not special; two overlap
@@ -353,17 +347,16 @@ def test_rescoring_gives_the_recorded_logps(tiny, temperature, greedy, how, monk
     sampled = torch.tensor([x for t in batch for x in t.logps])
     for with_skill in (False, True):
         logp, mask = response_logps(model, batch, cfg, with_skill)
-        (rows, *_), _ = passes[-1]
         scored_by_teacher, best = skill_sd.score(model, batch, cfg), []
         assert torch.equal(scored_by_teacher, logp) == with_skill
         assert logp.requires_grad and not scored_by_teacher.requires_grad
         gap = (logp[mask] - sampled).abs().max()
         assert gap < 1e-4 if with_skill == bool(how) else gap > 0.1
         assert (logp[~mask] == 0).all()
-        for t, skill, row, scored, used in zip(batch, skills, rows.tolist(), logp, mask):
+        for t, skill, scored, used in zip(batch, skills, logp, mask):
             prompt = t.skill_prompt if with_skill else t.prompt
-            assert row[:len(prompt + t.ids)] == prompt + t.ids and t.skill == skill
-            assert row.count(notes) == (with_skill and skill is not None)
+            assert t.skill == skill
+            assert prompt.count(notes) == (with_skill and skill is not None)
             logits = model(torch.tensor([prompt + t.ids])).logits[0, len(prompt) - 1:-1]
             by_hand = (logits / temperature).log_softmax(-1)[range(len(t.ids)), t.ids]
             assert torch.allclose(scored[used], by_hand[t.mask], atol=1e-5)
@@ -397,14 +390,14 @@ def test_sampling_equals_scoring_in_every_architecture(tiny, name, monkeypatch):
 def test_answers_and_conversations_end_where_they_must(tiny):
     """Answers follow the generator; the next one, and a skill, have to fit into max_context."""
     p, n = torch.tensor([0.1, 0.2, 0.7]), 10_000
-    ids, logps = map(torch.tensor, skill_sd.sample_answers(
-        None, p.log().expand(n, 3), {}, Config(), torch.Generator().manual_seed(0), greedy=False))
-    assert (ids[:, 0].bincount() / n - p).abs().max() < 0.02
-    assert torch.equal(logps, p.log()[ids])
+    ids, _ = skill_sd.sample_answers(
+        None, p.log().expand(n, 3), {}, Config(), torch.Generator().manual_seed(0), greedy=False)
+    assert (torch.tensor(ids).flatten().bincount() / n - p).abs().max() < 0.02
     chat, ends, every = Chat(tiny[1]), tiny[0].generation_config.eos_token_id, []
     for limit in range(70, 90, 2):
-        batch, again, other = ( played(tiny, max_turns=6, max_context=limit, max_skill_tokens=20,
-                    skills=SKILLS * 3, rollout_batch=4, seed=seed)[0] for seed in (1, 1, 2))
+        batch, again, other = (
+            played(tiny, max_turns=6, max_context=limit, max_skill_tokens=20, skills=SKILLS * 3,
+                   rollout_batch=4, seed=seed)[0] for seed in (1, 1, 2))
         assert [t.ids for t in batch] == [t.ids for t in again] != [t.ids for t in other]
         every += batch
         for i, t in enumerate(batch):
@@ -447,8 +440,8 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         broken = types.SimpleNamespace(**vars(world(["up"] * 2)) | {name: lambda *args: value})
         told = pytest.raises(AssertionError, rollout, *tiny, [broken], cfg)
         told.match(rf"SimpleNamespace.{name} returned .*, not a (number|str and a bool)$")
-    raises = [world(["up"] * 2, meet={}.popitem)]
-    pytest.raises(KeyError, rollout, *tiny, raises, cfg)       # one that raises ends the run
+    broken = world(["up"] * 2, meet={}.popitem)                # one that raises ends the run
+    pytest.raises(KeyError, rollout, *tiny, [broken], cfg)
 
 
 def one_step(model, batch, cfg, lr=0.0, teacher=None):
@@ -463,116 +456,90 @@ def one_step(model, batch, cfg, lr=0.0, teacher=None):
     return skill_sd.update(model, optimizer, parts, taught, cfg.lam, cfg), grads[-1]
 
 
-def differentiated(model, batch, cfg, loss):
-    """The gradient of loss(logp, mask, adv) over a whole batch at once, as one vector."""
-    logp, mask = response_logps(model, batch, cfg, cfg.skill_reader == "student")
-    value = loss(logp, mask, torch.tensor([t.adv for t in batch]))
-    return vector(torch.autograd.grad(value, list(model.parameters())))
-
-
 @pytest.mark.parametrize("precision, low, high", [("float32", 0, 1e-4), ("bfloat16", 1e-4, 0.5)])
 def test_sync_teacher(tiny, precision, low, high):
     """In its turn it is the student before the update. Weights are float32, bfloat16 no no-op."""
     models = student, teacher = copy.deepcopy(tiny[0]), sokoban_env.tiny_model(tiny[1], seed=1)
-    optimizer, rewards, dtypes = torch.optim.SGD(student.parameters(), 1.0), iter([0, 1] * 16), []
-    optimizer.register_step_pre_hook(
-        lambda *args: dtypes.extend(x.dtype for p in student.parameters() for x in (p, p.grad)))
+    optimizer, rewards = torch.optim.SGD(student.parameters(), 1.0), iter([0, 1] * 12)
     state = State(student, teacher, optimizer, SkillBank(1.0), tiny[1], torch.Generator())
     cfg = Config(max_new_tokens=4, group_size=4, precision=precision, summarizer="self")
     def make_env(task):
         return world(["up", "down left", "up", task], next(rewards))
-    for k, cfg.sync_every, synced in (0, 0, False), (1, 2, False), (2, 2, True), (3, 1, True):
+    for k, cfg.sync_every, synced in (0, 0, False), (1, 2, False), (2, 2, True):
         before = [vector(m.parameters()) for m in models]
         batch, metrics = skill_sd.iteration(k, state, ["a", "b"], make_env, cfg)
         assert torch.equal(vector(teacher.parameters()), before[not synced])
         assert not torch.equal(vector(student.parameters()), before[0])
-        distilled = metrics.get("sdl_loss"), metrics.get("log_ratio")    # nobody has a skill
-        assert distilled == (None, None) if cfg.sync_every == 1 else (distilled == (0, 0)) == synced
+        assert (metrics["log_ratio"] == metrics["sdl_loss"] == 0.0) == synced
         assert low <= metrics["rollout_gap"] <= high
     rough, fine = (skill_sd.score(teacher, batch, each) for each in (cfg, Config()))
-    assert low <= (rough - fine).abs().max() <= high and {*dtypes} == {torch.float32}
+    assert low <= (rough - fine).abs().max() <= high
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("reader, size, twice, steps", [
     ("teacher", 16384, 0, 1), ("teacher", 1, 0, 2), ("student", 300, 1, 1), ("teacher", 300, 0, 2)])
 def test_update_follows_eq_14(tiny, tmp_path, reader, size, twice, steps):
-    """Its gradient in parts, with layers computed twice, and where r is clipped and rho weighs."""
+    """Its gradient in parts, with layers computed twice, where r is clipped and rho weighs; and in
+    one step, where neither does: SDL adds -lambda l to every token's advantage, nothing else."""
     batch, cfg = played(
         tiny, skills=[SKILLS[0], None] * 3, temperature=0.7, reward_weight=0.6, max_skill_tokens=9,
         lam=0.3 * (not twice), skill_reader=reader, model=str(tmp_path), max_grad_norm=1e9,
         micro_batch_tokens=size, gradient_checkpointing=twice, updates_per_iteration=steps)
-    saved, layer_calls, right = copy.deepcopy(tiny[0]), [], {}
+    saved, layer_calls = copy.deepcopy(tiny[0]), []
     saved.config.update(dict(attention_dropout=0.3, resid_pdrop=0.3))      # loading sets them to 0
     saved.save_pretrained(tmp_path)
     tiny[1].save_pretrained(tmp_path)
-    alone = dataclasses.replace(cfg, gradient_checkpointing=0, updates_per_iteration=1)
     model, teacher, twin = (
-        skill_sd.load_model(each, None)[0].double().train() for each in (cfg, cfg, alone))
+        skill_sd.load_model(cfg, None)[0].double().train(mode) for mode in (True, True, False))
     teacher.lm_head.weight.data *= 1.5
     old, batch[2].logps = response_logps(twin, batch, cfg, reader == "student")[0].detach(), [
         x + 0.25 for x in batch[2].logps]
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)                            # what an earlier step has left
     if steps == 2:
-        one_step(twin, batch, alone, 0.1, teacher)
+        one_step(twin, batch, dataclasses.replace(cfg, updates_per_iteration=1), 0.1, teacher)
     model.model.layers[0].self_attn.register_forward_hook(lambda *args: layer_calls.append(1))
     metrics, gradient = one_step(model, batch, cfg, 0.1, teacher)
     assert len(layer_calls) == steps * (1 + twice) * len(micro_batches(batch, size))
-    shown = skill_sd.score(teacher, batch, cfg)                # also without a skill
+    logp, mask = response_logps(twin, batch, cfg, reader == "student")
+    adv = torch.tensor([[t.adv] for t in batch])
+    l = logp - skill_sd.score(teacher, batch, cfg)             # also without a skill
     assert model.training == bool(twice) and not teacher.training
     assert model.config.attention_dropout == model.config.resid_pdrop == 0
-    def loss(logp, mask, adv, clips=(0.2, 0.28), rho_is_1=False):
-        pg = grpo_loss(logp, old, adv, mask, *clips)
-        sdl = sdl_loss(logp, shown, logp.detach() if rho_is_1 else old, mask)
-        beyond = ((logp - old).exp() - 1 - torch.where(adv > 0, 0.28, -0.2)[:, None]) * adv[:, None]
-        right.update(pg_loss=pg, sdl_loss=sdl, entropy=-old[mask].mean(), action_tokens=mask.sum(),
-                     log_ratio=token_mean(logp - shown, mask),
-                     clip_fraction=token_mean(beyond > 0, mask))
-        return 0.6 * pg + cfg.lam * sdl
-    for wrong in dict(clips=(1.0, 1e9)), dict(rho_is_1=True):
-        other = differentiated(twin, batch, cfg, functools.partial(loss, **wrong))
-        assert ((gradient - other).norm() > 0.01 * gradient.norm()) == (steps == 2)
-    whole = differentiated(twin, batch, cfg, loss)
-    assert (gradient - whole).norm() < 1e-6 * whole.norm()
-    right = {name: x.item() for name, x in right.items()} | dict(grad_norm=whole.norm().item())
-    for name in ("sdl_loss", "log_ratio") if twice else ():    # lambda is 0: they were not measured
-        assert name not in metrics and right.pop(name) is not None
-    assert {name: metrics[name] for name in right} == pytest.approx(right, rel=1e-5)
+    pg = grpo_loss(logp, old, adv[:, 0], mask, 0.2, 0.28)
+    sdl, rho_is_1 = (sdl_loss(logp, logp - l, below, mask) for below in (old, logp.detach()))
+    dense = -token_mean((0.6 * adv - cfg.lam * l).detach() * logp, mask)
+    for loss, same in ((0.6 * pg + cfg.lam * sdl, True), (dense, steps == 1),
+                       (0.6 * pg + cfg.lam * rho_is_1, steps == 1)):
+        other = vector(torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True))
+        gap = (gradient - other).norm() / gradient.norm()
+        assert gap < 1e-6 if same else gap > 0.01
+    beyond = ((logp - old).exp() - 1 - torch.where(adv > 0, 0.28, -0.2)) * adv
+    right = dict(pg_loss=pg, sdl_loss=sdl, entropy=-old[mask].mean(), action_tokens=mask.sum(),
+                 log_ratio=token_mean(l, mask), clip_fraction=token_mean(beyond > 0, mask),
+                 grad_norm=gradient.norm())
+    if twice:                                  # lambda is 0: they are not measured
+        del right["sdl_loss"], right["log_ratio"]
+    assert metrics.pop("rollout_gap") == pytest.approx(0.25, abs=1e-3)
+    assert metrics == pytest.approx({name: x.item() for name, x in right.items()}, rel=1e-5)
     assert (right["clip_fraction"] > 0) == (steps == 2)
-    assert metrics["rollout_gap"] == pytest.approx(0.25, abs=1e-3)
     sizes = [Trajectory("t", None, [], [0] * 10, [], ids=[0] * n) for n in (50, 10, 40, 20, 30)]
     parts = micro_batches(sizes, 100)          # of 2 * 30, 2 * 50 and 60 tokens
     assert [[len(t.ids) for t in part] for part in parts] == [[10, 20], [30, 40], [50]]
 
 
-def test_update_is_a_dense_reward(tiny):
-    """With one step, SDL adds -lambda l to the advantage of each token, and nothing else."""
-    model, teacher = copy.deepcopy(tiny[0]).double(), sokoban_env.tiny_model(tiny[1], 1).double()
-    batch, cfg = played(tiny, skills=SKILLS * 3, lam=0.4, max_grad_norm=1e9, micro_batch_tokens=300)
-    _, gradient = one_step(model, batch, cfg, teacher=teacher)
-    def dense(logp, mask, adv):
-        more = -0.4 * (logp - skill_sd.score(teacher, batch, cfg)).detach()
-        assert len({*mask.sum(1).tolist()}) > 2 and more[mask].abs().max() > 1
-        return -((adv[:, None] + more) * logp)[mask].sum() / mask.sum()
-    right = differentiated(model, batch, cfg, dense)
-    assert (gradient - right).abs().max() < 1e-7 < 1e-2 < right.abs().max()
-
-
 def test_updates_are_clipped_and_stop_at_what_is_not_finite(tiny):
-    model, clips = copy.deepcopy(tiny[0]), dict(clip_low=0.0, clip_high=100.0, max_grad_norm=1e-3)
-    batch, cfg = played(tiny, updates_per_iteration=3, **clips)
-    metrics, gradient = one_step(model, batch, cfg, lr=10.0)
+    model = copy.deepcopy(tiny[0])
+    batch, cfg = played(tiny, max_grad_norm=1e-3)
+    metrics, gradient = one_step(model, batch, cfg)
     assert metrics["grad_norm"] > 1e-3 and gradient.norm().item() == pytest.approx(1e-3, rel=1e-2)
-    assert metrics["rollout_gap"] < 1e-4                       # logp_old stays
-    assert 0 < metrics["clip_fraction"] < 1                    # of tokens that fell, A below 0
-    before, cfg.lam = copy.deepcopy(model.state_dict()), 1.0
-    optimizer, logp = torch.optim.SGD(model.parameters()), skill_sd.score(model, batch, cfg)
+    before, logp = vector(model.parameters()), skill_sd.score(model, batch, cfg)
+    optimizer = torch.optim.SGD(model.parameters())
     for lam, teacher, told in (1.0, 800.0, "'sdl_loss': inf"), (1e300, -1.0, "'grad_norm': nan"):
         taught = [torch.full_like(logp, teacher)]
         stopped = pytest.raises(
             AssertionError, skill_sd.update, model, optimizer, [batch], taught, lam, cfg)
         stopped.match(told)
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert torch.equal(vector(model.parameters()), before)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -587,12 +554,12 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     cfg = smallest(tmp_path.parent, method=method, **dict(sync_every=2) | skill_sd.METHODS[method])
     assert (cfg.reward_weight, cfg.lam) == (
         (0, 1) if method == "opd" else (1, (0.3 if falls and borrows else 0.1) * taught))
-    assert cfg.sync_every == 2 * (not frozen) and cfg.skill_shown == (
-        method.split("_")[0] if method[:5] in ("other", "empty") else "own")
-    real, due, written, seeds = skill_sd.rollout, [], [], set()
+    assert (cfg.sync_every, cfg.borrow) == (2 * (not frozen), borrows)
+    assert cfg.skill_shown == (method.split("_")[0] if method[:5] in ("other", "empty") else "own")
+    assert (cfg.skill_reader == "student") == (method == "skill_grpo")
+    real, due, written, seeds = skill_sd.rollout, [], [], []
     def lossy(model, tokenizer, envs, *args, **keywords):
-        if args[1]:                            # the held-out tasks are played without skills
-            seeds.add(args[2].initial_seed())
+        seeds.append(args[2].initial_seed())
         out = real(model, tokenizer, envs, *args, **keywords)
         for t, *ends in zip(out[:12 if len(envs) == 12 else 2], rewards, turns):
             t.reward, t.turns = ends           # of the held-out tasks, only of two
@@ -601,9 +568,9 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     calls = recorded(monkeypatch, skill_sd, "begin", "rollout", "shown_skills", "update", "score",
                      "summarize")
     calls |= recorded(monkeypatch, SkillBank, "wants", "credit", "add")
-    calls |= recorded(monkeypatch, skill_sd.Decoder, "read") | recorded(monkeypatch, torch, "load")
+    calls |= recorded(monkeypatch, torch, "load")
     result, folder = json.loads(json.dumps(skill_sd.train(cfg))), skill_sd.run_folder(cfg)
-    read, (_, state) = [chunks for (_, chunks), _ in calls["read"]], calls["begin"][0][1]
+    (_, (_, state)), = calls["begin"]
     for k, ((actor, *_), out) in enumerate(calls["rollout"][:4]):
         (student, _, parts, _, lam, _), _ = calls["update"][k]
         assert lam == cfg.lam_at(k) == cfg.lam * ((1, 0.5, 0, 0)[k] if falls else 1)
@@ -612,20 +579,15 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
         assert sorted(id(t) for part in parts for t in part) == sorted(batch)
         assert [t.adv for t in out] == group_advantages(rewards, 4).tolist()
         (picks, *_), shown = calls["shown_skills"][k]
-        assert all((shown[task] is None) == (pick is None and not (borrows and k > 0))
-                   for task, pick in picks.items())
         assert [(t.task_id, t.skill) for t in out] == [
             (task, skill) for task, skill in shown.items() for _ in range(4)]
-        reads_skill = off_policy or method == "skill_grpo"
-        prompts = [t.skill_prompt if reads_skill else t.prompt for t in out]
-        assert [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))] in read
         due += [(e, pytest.approx(x)) for e, x in zip(picks.values(), (0.5, 0.725)) if e]
         (chosen, *_), skills = calls["summarize"][k]
         assert len(chosen) == 2 * writes or k > 0
         wanted = [ok and writes for _, ok in calls["wants"][2 * k:2 * k + 2]]
         assert [id(t) for t in chosen] == [id(out[i]) for i, ok in zip((3, 6), wanted) if ok]
         written += [(t.task_id, skill, t.reward) for t, skill in skills]
-    assert len(seeds) == 4                     # no iteration repeats another
+    assert len({*seeds}) == 4 + 1              # no iteration repeats another; evaluations do
     assert due == [(entry, reward) for (_, entry, reward), _ in calls["credit"]]
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
     scored = sum([logps for (_, _, _, logps, *_), _ in calls["update"]], [])
@@ -636,19 +598,17 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
         (False, {None}), (True, {None})]       # the held-out tasks, sampled and greedy
     assert result["sampled"][:2] == result["greedy"][:2] == [0.1, 0.0]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    distils = [k > 0 and taught and not (k > 1 and falls) for k in range(4)]
-    assert [(x["lost"], x["skill_share"] > 0, x.get("sdl_loss", 0) > 0) for x in lines] == [
-        (5 / 12, k > 0 and writes, distils[k]) for k in range(4)]
-    assert all((x["lam"], x["zero_spread_groups"]) == (cfg.lam_at(k), 0)
-               for k, x in enumerate(lines))
+    assert [(x["lost"], x["zero_spread_groups"], x["lam"]) for x in lines] == [
+        (5 / 12, 0, cfg.lam_at(k)) for k in range(4)]
+    assert [(x["skill_share"] > 0, x.get("sdl_loss", 0) > 0) for x in lines] == [
+        (k > 0 and writes, k > 0 and taught and not (k > 1 and falls)) for k in range(4)]
     assert lines[1].get("ucb_decided", 0) == 0 and ("ucb_decided" in lines[2]) == writes
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
     assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=99)) == folder    # may change
-    mocks = dict(student=Mock(), teacher=Mock(), optimizer=Mock())       # and the checkpoint's bank
-    resumed = types.SimpleNamespace(**mocks, bank=SkillBank(c=1.0))
-    assert skill_sd.resume(folder, resumed) == lines and calls["load"][0][0][1:] == ("cpu", True)
-    assert resumed.bank.entries == state.bank.entries and bool(written) == writes
+    bank = state.bank.entries                  # the checkpoint's is equal, and another
+    assert skill_sd.resume(folder, state) == lines and calls["load"][0][0][1:] == ("cpu", True)
+    assert state.bank.entries == bank is not state.bank.entries and bool(written) == writes
     typed = dict(model=str(folder / "student"), out=cfg.out, device="cpu")
     again = skill_sd.configure("base", **typed)                # its settings, less the method's
     assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
@@ -679,7 +639,7 @@ def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
 
 def test_skills_that_are_shown_are_own_others_empty_or_borrowed():
     bank, lenders = SkillBank(c=1.0), [0, 2, 4, 5, 6]
-    def shown(k=0, bank=bank, **how):
+    def shown(k=0, **how):
         picks = {i: bank.select(i) for i in [0, 1, 3, 7]}      # the last three have no skills
         found = skill_sd.shown_skills(picks, bank, Config(**how), k)
         return [skill and skill.success_analysis for skill in found.values()]
@@ -697,7 +657,6 @@ def test_skills_that_are_shown_are_own_others_empty_or_borrowed():
     own, *borrowed = ({*x} for x in zip(*(shown(k, borrow=1) for k in range(40))))
     assert own == {"of 0"} and borrowed == [others | own] * 3
     assert shown(3, borrow=1) == shown(3, borrow=1) != shown(4, borrow=1)
-    assert shown(bank=SkillBank(c=1.0), borrow=1) == [None, *none]
     assert bank.entries == held                # shown without credit
 
 
@@ -733,12 +692,10 @@ def test_killed_runs_and_runs_that_share_a_folder_end_as_one_alone(tmp_path):
     for run in runs:
         run.start()
     assert [run.join() or run.exitcode for run in runs] == [0] * 3
-    folders = sorted((tmp_path / "alone").glob("*-seed0-*"))
-    assert [folder.name.partition("-")[0] for folder in folders] == ["base", "skill_sd"]
-    for folder in folders:
-        twins = [tmp_path / out / folder.name for out in (killed, shared)]
-        for name in ("result.json", "bank.json", "student/model.safetensors"):
-            assert {(twin / name).read_bytes() for twin in twins} == {(folder / name).read_bytes()}
+    (folder,) = (tmp_path / "alone").glob("skill_sd-tiny-seed0-*")
+    twins = [tmp_path / out / folder.name for out in (killed, shared)]
+    for name in ("result.json", "bank.json", "student/model.safetensors"):
+        assert {(twin / name).read_bytes() for twin in twins} == {(folder / name).read_bytes()}
     logs = {re.sub('"seconds.*?, ', "", (each / "log.jsonl").read_text())
             for each in (folder, *twins)}
     assert len(logs) == 1 and (log := logs.pop()).count("\n") == 6
@@ -804,25 +761,20 @@ def test_cuda(tiny):
 
 
 # ---- Summarizers ---------------------------------------------------------------------------------
-def transcript(t):
-    turns = [f"[{m['role']}]\n{m['content']}" for m in t.messages]        # a summarizer's text
-    return "\n\n".join([*turns, f"[completion: {t.reward:.2f}]"])
-
-
 def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     """A transcript that is too long costs a skill, not the run."""
     batch, cfg = played(tiny, n=3, summarizer="self", summary_tokens=5)
     batch[1].messages[0]["content"] = "up " * 5000
-    calls = recorded(monkeypatch, skill_sd, "rollout")["rollout"]
+    calls = recorded(monkeypatch, skill_sd, "rollout", "ask_student")
     monkeypatch.setattr(skill_sd, "parse_skill", lambda text: text[:22])    # it cannot write yet
     monkeypatch.setattr(tiny[0].config, "max_position_embeddings", 4096)
     found = skill_sd.summarize(batch, *tiny, cfg, torch.Generator().manual_seed(0))
     begun = '{"success_analysis": "'
     assert found == [(batch[0], begun), (batch[1], ""), (batch[2], begun)]
-    ((_, _, envs, own, _), episodes), = calls
+    (((_, _, envs, own, _), episodes),), (((texts, *_), _),) = calls.values()
     assert (own.max_new_tokens, own.temperature, own.max_context) == (5, 0.6, 4096)
     assert [(t.messages[0]["content"], env.system_prompt) for t, env in zip(episodes, envs)] == [
-        (transcript(t), skill_sd.SUMMARIZER_PROMPT) for t in batch]
+        (text, skill_sd.SUMMARIZER_PROMPT) for text in texts]
 
 
 @contextlib.contextmanager
@@ -849,22 +801,21 @@ def serving(answer, drip=0):
 
 def test_server_writes_after_the_update(tmp_path, monkeypatch, capsys):
     """Three at once. A bad one costs skills only; what it says is printed, the key never."""
-    def meet(*args):
-        together.wait()
-        updated.append(len(calls["update"]))
-        return DEFAULT
-    together, updated = threading.Barrier(3, timeout=20), []
+    updates_then = []
+    together = threading.Barrier(3, lambda: updates_then.append(len(calls["update"])), timeout=20)
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")           # as it stands in a file
     calls = recorded(monkeypatch, skill_sd, "update", "summarize")
-    with serving(Mock(return_value=(200, WRITTEN), side_effect=meet)) as (url, asked):
+    with serving(lambda number: (200, together.wait() < 3 and WRITTEN)) as (url, asked):
         cfg = smallest(tmp_path.parent, iterations=1, summarizer=url, summarizer_model="m",
                        summary_tokens=77)
         skill_sd.train(cfg)
     ((batch, *_), skills), = calls["summarize"]
-    assert [skill for _, skill in skills] == [SKILLS[0]] * 3 and updated == [1] * 3
+    assert [skill for _, skill in skills] == [SKILLS[0]] * 3 and updates_then == [1]
+    texts = ["\n\n".join([*(f"[{m['role']}]\n{m['content']}" for m in t.messages),
+                          f"[completion: {t.reward:.2f}]"]) for t in batch]
     wanted = [("/v1/chat/completions", "Bearer secret", dict(model="m", max_tokens=77, messages=[
         dict(role="system", content=skill_sd.SUMMARIZER_PROMPT),
-        dict(role="user", content=transcript(t))])) for t in batch]
+        dict(role="user", content=text)])) for text in texts]
     assert sorted(asked, key=str) == sorted(wanted, key=str)
     batch, waits = batch[:1], []
     monkeypatch.setattr(skill_sd.time, "sleep", waits.append)
@@ -901,9 +852,8 @@ def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
     cfg = smallest(tmp_path.parent)
     model, tokenizer = skill_sd.load_model(cfg, world := sokoban_env.make_world(cfg))
     skill_sd.load_model(cfg, None)                             # kept: no world is needed
-    for name, rules in ("tiny", ""), ("other", RULES):         # the player does not read English
-        others = sokoban_env.make_world(dataclasses.replace(cfg, model=name))
-        assert others.make_env(world.train[0]).system_prompt == rules
+    other = sokoban_env.make_world(dataclasses.replace(cfg, model="other"))
+    assert [each.make_env(world.train[0]).system_prompt for each in (world, other)] == ["", RULES]
     games = [sokoban_env.demonstrate(x, distances(x), random.Random(i), cfg.timid, 5, 0.8,
                                      vars(SKILLS[0])) for i, x in enumerate(world.levels)]
     encoded, chat = sokoban_env.encode_games(games, tokenizer, skill_sd.SKILL_TEXT), Chat(tokenizer)
@@ -939,7 +889,7 @@ def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path
     for tokenizer.chat_template, reason in (
             (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
             (form.replace("m.content", "m.content | upper"), lost), ("{{ 1 + 'x' }}", "operand"),
-            (form.replace("m.content", "m.content * 2"), lost), (None, "template is not set")):
+            (form.replace("m.content", "(m.content * 2)"), lost), (None, "template is not set")):
         pytest.raises(ValueError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
 
 
@@ -953,12 +903,10 @@ def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path
     ("--help", f"(default: {Config().summary_tokens})"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
     ("--method opd,ppo", "method='ppo': must be all, or of base, skill_sd"),
-    ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"),
-    ("--gradient-checkpointing 2", "--gradient-checkpointing"), ("--device tpu", "--device"),
-    *[("--device cuda", "device='cuda': none is here")] * (not torch.cuda.is_available()),
+    ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"), ("--borrow 2", "--borrow"),
+    *[("--device cuda", "device='cuda': no GPU is found")] * (not torch.cuda.is_available()),
     ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
     ("--model no/such --summarizer self", "'no/such' cannot be loaded"),
-    (f"--model {HERE} --summarizer self", f"'{HERE}' cannot be loaded"),
     ("--env no_such_world --summarizer self", "No module named 'no_such_world'"),
     ("--tasks-per-iteration 6 --train-levels 5", "len(world.train)=5"),
     ("--out /dev/null/x", "/dev/null")])
@@ -980,7 +928,6 @@ def test_a_method_stands_over_what_is_typed_and_that_over_a_preset():
     cfg = configure("grpo", model="x", prefill="go", seed=3)
     assert (cfg.preset, cfg.max_new_tokens, cfg.prefill) == ("small", 16, "go")
     assert (cfg.method, cfg.lam, cfg.seed) == ("grpo", 0.0, 3)
-    pytest.raises(AssertionError, configure, "grpo", lam=0.5).match("lam=0.5: method grpo means")
 
 
 @pytest.mark.parametrize("seeds, base, opd, paired", [         # 3.18 * s / sqrt(4), then
@@ -1031,10 +978,9 @@ def test_the_file_is_in_the_order_that_it_promises():
     """Its table names tests that are there, the method comes first, and the world stands alone."""
     named = set(re.findall(r"test_\w+\*?", skill_sd.__doc__)) - {"test_skill_sd"}
     assert len(named) > 7 and all(fnmatch.filter(globals(), pattern) for pattern in named)
-    source = Path(skill_sd.__file__).read_text().split("\n")
-    (part_2,) = (i for i, line in enumerate(source, 1) if line.startswith("# ==== Part II:"))
+    part_1, _ = inspect.getsource(skill_sd).split("# ==== Part II:")
     lines, first = inspect.getsourcelines(skill_sd.iteration)
-    assert len(lines) <= 50 and first + len(lines) <= part_2 <= 352
+    assert len(lines) <= 50 and first + len(lines) <= part_1.count("\n") < 352
     imported = re.findall(r"^ *(?:import|from) (\w+)", inspect.getsource(sokoban_env), re.MULTILINE)
     assert "torch" in imported and not {*imported} & {path.stem for path in HERE.glob("*.py")}
 
@@ -1066,13 +1012,14 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
 
 # ---- Sokoban, hostile text -----------------------------------------------------------------------
 def test_levels_are_read_or_refused_solved_optimally_and_generated():
-    for text, message in ( ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"), ("@-",
-            "0 boxes and 0 goals"), ("@$$.", "2 boxes and 1 goals"), ("##\n@$x",
-            "line 2, column 3: unknown glyph 'x'"), ("##\n.$@@",
-            "line 2, column 4: a second player"), ("\n####\n#@$.\n####",
-            "line 3, column 2: '@' is outside"), ("#####  \n#@ .# $\n#####  ",
-            "line 2, column 7: '\\$' is outside"), ("# # # # #\n# @ $ x #\n# # # # #",
-            "line 2, column 7: unknown glyph 'x'")):
+    for text, message in (
+            ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"),
+            ("@-", "0 boxes and 0 goals"), ("@$$.", "2 boxes and 1 goals"),
+            ("##\n@$x", "line 2, column 3: unknown glyph 'x'"),
+            ("# # #\n# @ x", "line 2, column 5: unknown glyph 'x'"),
+            ("##\n.$@@", "line 2, column 4: a second player"),
+            ("\n####\n#@$.\n####", "line 3, column 2: '@' is outside"),
+            ("####\n#@.# $\n####", "line 2, column 6: '\\$' is outside")):
         pytest.raises(ValueError, parse_level, text).match(message)
     for moves, text in (0, "####\n#*@#\n####"), (5, "#####\n#+$ #\n#   #\n#####"), (107, MICROBAN):
         level = after = parse_level(text)
@@ -1080,8 +1027,6 @@ def test_levels_are_read_or_refused_solved_optimally_and_generated():
             after = after.after("UDLR".index(letter))
         assert len(solve(level)) == moves and after.completion() == 1.0
     pytest.raises(RuntimeError, solve, level, state_limit=50).match("state_limit=50")
-    two = parse_level("#######\n#@$$..#\n#######")
-    assert two.after(3) is two                                 # nobody is that strong
     assert solve(parse_level("#####\n#$ @#\n# . #\n#####")) is None       # a box in a corner
     given = dict(n=60, seed=11, min_moves=3, max_moves=15)
     levels = generate_levels(**given)          # exact, distinct, and the same everywhere
@@ -1101,7 +1046,7 @@ def test_environment_reads_tolerantly_counts_and_ends():
             ("<answer> Down! </answer> not up", 1), ("upwards uplift", None),
             ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3), ("<answer>up then left", 0),
             ("<answer>not up but left</answer>", 2), ("<answer>up<answer>", 0),
-            ("so <answer>up\nright", 0), ("<answer>1. up, 2. left</answer>", 0),
+            ("so <answer>up\nnot left", 0), ("<answer>1. up, 2. left</answer>", 0),
             ("<answer>up</answer></think>move_left", 2), ("<think>up", None),
             ("<answer>right (push the box to e4), down</answer>", 3)):
         assert parse_action(text) == move
@@ -1115,6 +1060,7 @@ def test_environment_reads_tolerantly_counts_and_ends():
     assert env.step("banana")[0].startswith(NO_MOVE) and env.step("up")[0].startswith(BLOCKED)
     assert env.counts == {"no_action": 1, "blocked": 1}
     assert [env.step("right")[1] for _ in range(2)] == [False, True] and env.completion() == 1.0
+    assert env.step("right")[0].startswith(BLOCKED)            # nobody can push two boxes
     assert env.reset() == first and env.counts == {"no_action": 0, "blocked": 0}
     done = [env.step(answer)[1] for answer in ("left", "up", "down", "banana", "left")]
     assert done == [False] * 4 + [True] and env.completion() == 0.5
@@ -1139,15 +1085,14 @@ def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
                      dict(role="user", content=env.step(answer)[0])]
         assert [*sokoban_env.analyse(said).values()] == fields
     for text, timid, shares in (
-            (room, 0.5, [0, 1 / 2, 1 / 2, 0]),                         # no push, far from boxes
             ("#####\n##@##\n##$##\n##.##\n#####", 1.0, [1 / 4] * 4),   # there is no such move
-            ("#####\n#$ @#\n# . #\n#####", 0.0, [0, 1, 0, 0])):        # all is lost
+            ("#####\n#$ @#\n# . #\n#####", 0.0, [0, 1, 0, 0]),         # all is lost
+            (room, 0.5, [0, 1 / 2, 1 / 2, 0])):                        # no push, far from boxes
         level = parse_level(text)
         probs = move_probs(level, level.player, level.boxes, distances(level), timid)
         assert probs == pytest.approx([0.05 / 4 + 0.95 * share for share in shares])
-    level = parse_level(room)
-    assert [sokoban_env.fits(level, level.boxes, told) for told in (
-        {"left", "right"}, {"left"})] == [True, False]
+    assert sokoban_env.fits(level, level.boxes, {"left", "right"})     # of the room
+    assert not sokoban_env.fits(level, level.boxes, {"left"})
     given = dict(n=200, seed=2, boxes=1, max_moves=8, max_turns=6, timid=0.5)
     taken, seen = [], set()                    # of demonstrations, in rooms that are not excluded
     for level, states, moves, probs, notes in sokoban_env.demonstrations(**given):
@@ -1183,8 +1128,7 @@ def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monke
             assert f"level 1 of {n}" in played(text, encoding=encoding)
     assert "level 2 of 2" in played(f"{room}\n\n{room}", "n", KeyboardInterrupt)
     assert "1 moves made" in (out := played(room, "\x1b[C")) and "solved" in out
-    assert "0 moves made" in (out := played(room, "\x1bOH \x1b[3~ \x1bd q"))
-    assert "1 moves made" not in out
+    assert "1 moves made" not in played(room, "\x1bOH \x1b[3~ \x1bd q")
     monkeypatch.setattr(sokoban_env, "solve", Mock(side_effect=RuntimeError))
     assert "optimal: unknown, 1 moves made" in played(room, "d o")
     for text, message in ((f"{room}\n\n;x\n#####\n#@x.#\n#####", "level 2: line 7, column 3"),
