@@ -574,10 +574,10 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     for env, skill, task in zip(envs, skills, tasks):
         prompt = render(env.system_prompt, task)
         skill_prompt = render(env.system_prompt, task, skill)
-        messages = [{"role": "user", "content": task}]
-        t = Trajectory(env.task_id, skill, prompt, skill_prompt, messages)
+        t = Trajectory(env.task_id, skill, prompt, skill_prompt,
+                       [{"role": "user", "content": task}])
         too_long = len(prompt) > limit
-        t.counts = dict(cut_answers=0, truncated=too_long)
+        t.counts = {"cut_answers": 0, "truncated": too_long}
         trajectories.append(t)
         if too_long:                           # no turn is possible: its reward stays nan
             env.close()
@@ -863,7 +863,7 @@ def configure(method="skill_sd", **typed):
     preset = "tiny" if sokoban_env.is_player(typed.get("model", "tiny")) else "small"
     if typed.get("env") == "appworld_adapter":
         preset = "appworld"
-    preset = typed.get("preset", preset)
+    preset = typed.get("preset", saved.get("preset", preset))
     settings = dict(method=method, preset=preset) | PRESETS[preset] | saved | typed
     return Config(**settings | METHODS[method])
 
@@ -905,7 +905,7 @@ def begin(cfg):
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), cfg.lr, betas=(0.9, 0.95))        # CHOICE
     bank = SkillBank(cfg.ucb_c, cfg.bank_size)
-    generator = torch.Generator(student.device)
+    generator = torch.Generator(student.device).manual_seed(cfg.seed)
     return world, State(student, teacher, optimizer, bank, tokenizer, generator)
 
 
@@ -922,7 +922,7 @@ def train(cfg):
         world, state = begin(cfg)
         log = resume(folder, state)
         for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
-            line = dict(iteration=k, lam=cfg.lam_at(k))
+            line = {"iteration": k, "lam": cfg.lam_at(k)}
             if k * cfg.evals % cfg.iterations < cfg.evals:     # equally spaced, the first at 0
                 for how, rewards in evaluate(state, world, cfg, k).items():
                     line[f"heldout_{how}"] = np.equal(rewards, 1).mean()
@@ -1081,13 +1081,13 @@ def look_inside(cfg):
     with sokoban_env.threads_for(cfg.model):
         world, state = begin(cfg)
         (t,) = rollout(state.student, state.tokenizer, [world.make_env(task)], cfg, [skill],
-                       state.generator.manual_seed(cfg.seed))
+                       state.generator)
         sokoban_env.watch(t, SKILL_TEXT.format(**asdict(skill)), state.student, state.tokenizer)
 
 
 def parse_args(argv=None):
     """What was typed, as a dict. The comments of the settings are their help texts."""
-    parser = argparse.ArgumentParser(description="Skill-SD: see the top of this file.")
+    parser = argparse.ArgumentParser()
     source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
     for f in fields(Config):
         comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +[A-Z]+)?$", source, re.MULTILINE)[1]

@@ -266,7 +266,8 @@ def spoken(request):
 
 
 def test_the_conversation_is_the_templates_own(spoken):
-    """Turn by turn, ids are those of the whole rendered at once; what ends a turn is said once."""
+    """Turn by turn, ids are those of the whole rendered at once; what ends a turn is said once. A
+    skill stands above the task, in no more than max_skill_tokens, and no text forges a turn."""
     tokenizer, end, whole = spoken
     chat, said, rng = Chat(tokenizer), [], random.Random(0)
     ids, begun = chat.prompt(RULES, ROOM), Chat(tokenizer, PREFILL)
@@ -294,11 +295,6 @@ def test_the_conversation_is_the_templates_own(spoken):
         assert control_ids(*texts) == control_ids(*["x"] * 6), ascii(texts)
         for text in texts:                     # no more than blanks have changed
             assert chat.clean(text).replace(" ", "") == text.replace("\ud800", "?").replace(" ", "")
-
-
-def test_teacher_sees_skill_only(spoken):
-    """In the first user message, above the task, and no more than max_skill_tokens of it."""
-    tokenizer, _, whole = spoken
     skill = Skill("went up,  na\u00efve but fine " * 9, "none seen", "b2 up, b3 left")
     notes = skill_sd.SKILL_TEXT.format(**dataclasses.asdict(skill))
     assert Chat(tokenizer, "", 999).prompt(RULES, ROOM, skill) == whole(room=f"{notes}\n\n{ROOM}")
@@ -355,7 +351,6 @@ def test_rescoring_gives_the_recorded_logps(tiny, temperature, greedy, how, monk
         assert (logp[~mask] == 0).all()
         for t, skill, scored, used in zip(batch, skills, logp, mask):
             prompt = t.skill_prompt if with_skill else t.prompt
-            assert t.skill == skill
             assert prompt.count(notes) == (with_skill and skill is not None)
             logits = model(torch.tensor([prompt + t.ids])).logits[0, len(prompt) - 1:-1]
             by_hand = (logits / temperature).log_softmax(-1)[range(len(t.ids)), t.ids]
@@ -394,10 +389,10 @@ def test_answers_and_conversations_end_where_they_must(tiny):
         None, p.log().expand(n, 3), {}, Config(), torch.Generator().manual_seed(0), greedy=False)
     assert (torch.tensor(ids).flatten().bincount() / n - p).abs().max() < 0.02
     chat, ends, every = Chat(tiny[1]), tiny[0].generation_config.eos_token_id, []
+    given = dict(max_turns=6, max_skill_tokens=20, skills=SKILLS * 3, rollout_batch=4)
     for limit in range(70, 90, 2):
         batch, again, other = (
-            played(tiny, max_turns=6, max_context=limit, max_skill_tokens=20, skills=SKILLS * 3,
-                   rollout_batch=4, seed=seed)[0] for seed in (1, 1, 2))
+            played(tiny, max_context=limit, seed=seed, **given)[0] for seed in (1, 1, 2))
         assert [t.ids for t in batch] == [t.ids for t in again] != [t.ids for t in other]
         every += batch
         for i, t in enumerate(batch):
@@ -440,8 +435,7 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         broken = types.SimpleNamespace(**vars(world(["up"] * 2)) | {name: lambda *args: value})
         told = pytest.raises(AssertionError, rollout, *tiny, [broken], cfg)
         told.match(rf"SimpleNamespace.{name} returned .*, not a (number|str and a bool)$")
-    broken = world(["up"] * 2, meet={}.popitem)                # one that raises ends the run
-    pytest.raises(KeyError, rollout, *tiny, [broken], cfg)
+    pytest.raises(KeyError, rollout, *tiny, [world(["up"], meet={}.popitem)], cfg)  # ends the run
 
 
 def one_step(model, batch, cfg, lr=0.0, teacher=None):
@@ -609,9 +603,8 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     bank = state.bank.entries                  # the checkpoint's is equal, and another
     assert skill_sd.resume(folder, state) == lines and calls["load"][0][0][1:] == ("cpu", True)
     assert state.bank.entries == bank is not state.bank.entries and bool(written) == writes
-    typed = dict(model=str(folder / "student"), out=cfg.out, device="cpu")
-    again = skill_sd.configure("base", **typed)                # its settings, less the method's
-    assert again == smallest(cfg.out, method="base", iterations=0, model=typed["model"])
+    again = skill_sd.configure("base", model=str(folder / "student"), out=cfg.out, device="cpu")
+    assert again == smallest(cfg.out, method="base", iterations=0, model=again.model)    # its own
     assert skill_sd.train(again) == result | dict(curve=[(0, result["curve"][0][1])])
     if method == "skill_sd":                   # a look at what student and teacher think
         skill_sd.look_inside(cfg)
@@ -906,10 +899,9 @@ def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path
     ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"), ("--borrow 2", "--borrow"),
     *[("--device cuda", "device='cuda': no GPU is found")] * (not torch.cuda.is_available()),
     ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
-    ("--model no/such --summarizer self", "'no/such' cannot be loaded"),
+    ("--model no/such", "'no/such' cannot be loaded"), ("--out /dev/null/x", "/dev/null"),
     ("--env no_such_world --summarizer self", "No module named 'no_such_world'"),
-    ("--tasks-per-iteration 6 --train-levels 5", "len(world.train)=5"),
-    ("--out /dev/null/x", "/dev/null")])
+    ("--tasks-per-iteration 6 --train-levels 5", "len(world.train)=5")])
 def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(skill_sd, "RANKS", 2 - bool(re.search("out|env|6|--model|timid", words)))
     monkeypatch.setattr(sokoban_env, "warm_start", Mock(side_effect=AssertionError("too late")))
@@ -919,15 +911,17 @@ def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tm
     assert told in f"{end} {capsys.readouterr()}" and "cret" not in f"{end}"
 
 
-def test_a_method_stands_over_what_is_typed_and_that_over_a_preset():
+def test_a_method_stands_over_what_is_typed_and_that_over_a_preset(tmp_path):
     configure, parse_args = skill_sd.configure, skill_sd.parse_args
     assert parse_args("--max-turns 7 --lr 1e-5".split()) == dict(max_turns=7, lr=1e-5)
     assert configure(**parse_args([])) == configure() == Config()
     assert all(configure(preset=name) for name in skill_sd.PRESETS)
     assert configure(env="appworld_adapter").preset == "appworld"
-    cfg = configure("grpo", model="x", prefill="go", seed=3)
-    assert (cfg.preset, cfg.max_new_tokens, cfg.prefill) == ("small", 16, "go")
-    assert (cfg.method, cfg.lam, cfg.seed) == ("grpo", 0.0, 3)
+    cfg = configure("grpo", model="x", prefill="go")
+    assert (cfg.preset, cfg.max_new_tokens, cfg.prefill, cfg.lam) == ("small", 16, "go", 0.0)
+    scarce = configure(preset="scarce")        # the settings that a trained student brings
+    (tmp_path / "skill_sd.json").write_text(json.dumps(dataclasses.asdict(scarce)))
+    assert configure(model=str(tmp_path)) == dataclasses.replace(scarce, model=str(tmp_path))
 
 
 @pytest.mark.parametrize("seeds, base, opd, paired", [         # 3.18 * s / sqrt(4), then
@@ -960,16 +954,15 @@ def test_main_prints_a_table(seeds, base, opd, paired, monkeypatch, capsys):
 def test_the_small_player_runs_on_one_thread(tmp_path, monkeypatch):
     """For as long as its run lasts, or until it fails."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    seen, make_world = [], sokoban_env.make_world
-    monkeypatch.setattr(sokoban_env, "make_world", lambda cfg: (
-        seen.append(torch.get_num_threads()), make_world(cfg))[1])
+    seen, begin, threads = [], skill_sd.begin, torch.get_num_threads
+    monkeypatch.setattr(skill_sd, "begin", lambda cfg: seen.append(threads()) or begin(cfg))
     torch.set_num_threads(2)
     for settings in {}, dict(size=3), dict(model="no/such"), dict(ucb_c=2.0):
         if "ucb_c" in settings:
             monkeypatch.setenv("OMP_NUM_THREADS", "2")
         with contextlib.suppress(ValueError):
             skill_sd.train(smallest(tmp_path.parent, iterations=0, bank_size=9, **settings))
-        seen.append(torch.get_num_threads())
+        seen.append(threads())
     torch.set_num_threads(1)
     assert seen == [1, 2, 1, 2, 2, 2, 2, 2]
 
@@ -1013,11 +1006,9 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
 # ---- Sokoban, hostile text -----------------------------------------------------------------------
 def test_levels_are_read_or_refused_solved_optimally_and_generated():
     for text, message in (
-            ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"),
-            ("@-", "0 boxes and 0 goals"), ("@$$.", "2 boxes and 1 goals"),
-            ("##\n@$x", "line 2, column 3: unknown glyph 'x'"),
-            ("# # #\n# @ x", "line 2, column 5: unknown glyph 'x'"),
-            ("##\n.$@@", "line 2, column 4: a second player"),
+            ("", "empty"), ("#" * 27, "27 columns"), ("##", "no player"), ("@-", "0 boxes and 0"),
+            ("@$$.", "2 boxes and 1"), ("##\n@$x", "line 2, column 3: unknown glyph 'x'"),
+            ("# # #\n# @ x", "column 5: unknown"), ("##\n.$@@", "line 2, column 4: a second"),
             ("\n####\n#@$.\n####", "line 3, column 2: '@' is outside"),
             ("####\n#@.# $\n####", "line 2, column 6: '\\$' is outside")):
         pytest.raises(ValueError, parse_level, text).match(message)
@@ -1111,9 +1102,9 @@ def test_analyst_tells_what_happened_and_player_is_timid_but_learns_from_it():
 def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monkeypatch, capsys):
     """By the terminal, with arrows and without a solver that gives up; errors are one line."""
     path, room = tmp_path / "levels.txt", "#####\n#@$.#\n#####"
-    monkeypatch.setattr(sys, "argv", ["sokoban_env.py", "--file", str(path)])
-    def played(text, typed="", end=EOFError, encoding="utf-8"):
+    def played(text, typed="", end=EOFError, encoding="utf-8", words=("--file", str(path))):
         path.write_text(text, encoding)
+        monkeypatch.setattr(sys, "argv", ["sokoban_env.py", *words])
         monkeypatch.setattr("builtins.input", Mock(side_effect=[*typed.split(), end]))
         try:
             sokoban_env.main()
@@ -1134,9 +1125,8 @@ def test_files_of_levels_as_people_have_them_are_read_and_played(tmp_path, monke
     for text, message in ((f"{room}\n\n;x\n#####\n#@x.#\n#####", "level 2: line 7, column 3"),
                           ("prose alone", "no level"), ("#" * 27 + "\n#" * 2, "no level")):
         assert re.match(f"error: .*{message}", played(text))
-    for words, message in (("--size 3", "size=3"), ("--file /no/such", "No such file")):
-        monkeypatch.setattr(sys, "argv", ["sokoban_env.py", *words.split()])
-        assert re.match(f"error: .*{message}", played(room))
+    for words, message in (("--size", "3"), "size=3"), (("--file", "/no/such"), "No such file"):
+        assert re.match(f"error: .*{message}", played(room, words=words))
 
 
 @pytest.mark.parametrize("parse, valid", [
@@ -1283,8 +1273,7 @@ def test_appworld_server_lost_in_mid_episode(env, monkeypatch, target, value, co
     env.reset()
     server = env._server
     if how == "dead":                          # before the block came
-        server.process.kill()
-        server.process.wait()
+        server.stop()
     with monkeypatch.context() as broken, contextlib.suppress(KeyboardInterrupt):
         broken.setattr(f"appworld_adapter.{target}", value)
         if told:

@@ -98,8 +98,11 @@ def main():
     folder = out / "variants" / name
     folder.mkdir(parents=True, exist_ok=True)
     for warm in out.glob("warm-start-????????????"):           # those that are there are shared
-        with suppress(FileExistsError):
-            (folder / warm.name).symlink_to(warm.resolve())
+        link = folder / warm.name
+        with suppress(OSError):                # another process may do the same
+            if not link.exists():              # or leads nowhere by now
+                link.unlink(missing_ok=True)
+                link.symlink_to(warm.resolve())
     sys.argv += ["--out", str(folder)]                         # the last --out counts
 
     def begin_variant(cfg):
