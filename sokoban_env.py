@@ -16,7 +16,6 @@ room is (player, boxes): a cell, row * width + column, and a bit mask of cells.
 """
 import argparse
 import hashlib
-import json
 import math
 import os
 import random
