@@ -62,14 +62,15 @@ DOWNLOAD = ("export APPWORLD_ROOT=SOME_FOLDER && "
 
 
 class AppWorldError(OSError):
-    """No server came up, or one was lost. Only reset() and noop_score() let it out."""
+    """AppWorld is not where the settings say, or no server came up, or one was lost. Only reset()
+    and noop_score() let it out."""
 
 
 # ---- where AppWorld is, and its tasks ------------------------------------------------------------
 def appworld_python():
     value = os.environ.get("APPWORLD_PYTHON", "")
     if shutil.which(value) is None:
-        raise ValueError(f"APPWORLD_PYTHON={value!r} is not a program; run: {INSTALL}")
+        raise AppWorldError(f"APPWORLD_PYTHON={value!r} is not a program; run: {INSTALL}")
     return os.path.abspath(shutil.which(value))     # not resolved: the link is what makes a venv
 
 
@@ -77,11 +78,11 @@ def appworld_data():
     value = os.environ.get("APPWORLD_ROOT", "")
     data = Path(value).absolute() / "data"
     if not value or not (data / "datasets").is_dir() or not (data / "tasks").is_dir():
-        raise ValueError(f"APPWORLD_ROOT={value!r} has no data/datasets and data/tasks; "
+        raise AppWorldError(f"APPWORLD_ROOT={value!r} has no data/datasets and data/tasks; "
                          f"run: {DOWNLOAD}")
     version = data / "version.txt"
     if version.exists() and version.read_text().strip() != DATA_VERSION:
-        raise ValueError(f"APPWORLD_ROOT={value!r} holds data of version "
+        raise AppWorldError(f"APPWORLD_ROOT={value!r} holds data of version "
                          f"{version.read_text().strip()!r}, not {DATA_VERSION}; run: {DOWNLOAD}")
     return data
 
@@ -313,17 +314,14 @@ FIRST_ONLY = "[The answer has {n} code blocks; only the first was run.]\n"
 # Fences begin a line, but for blanks, so that code may hold one inside a string. A block that the
 # end of the answer cuts off is none: half of it could do harm.
 BLOCK = re.compile(r"^[ \t]*```python[ \t\r]*\n(.*?)^[ \t]*```(?!\w)", re.DOTALL | re.MULTILINE)
-THINK = "(?:seed:)?(?:think(?:ing)?|thought|reasoning)"
 ANSWER_KEY = re.compile(r"ground_truth|\bappworld\b")
 COUNTED = ("no_block", "several_blocks", "syntax_error", "timeout", "cut", "failed_status",
            "answer_key", "killed", "lost")
 
 
 def code_blocks(response):
-    """The code in an answer; what a model only thinks, between <think> and </think>, is none."""
-    answer = re.split(rf"</{THINK}>|\[/THINK\]|\u25c1/think\u25b7", response, flags=re.I)[-1]
-    answer = re.split(rf"<{THINK}>|\[THINK\]|\u25c1think\u25b7", answer, flags=re.I)[0]
-    return [textwrap.dedent(block) for block in BLOCK.findall(answer)]
+    """The code in an answer; skill_sd.py has taken what the model only thinks out of it."""
+    return [textwrap.dedent(block) for block in BLOCK.findall(response)]
 
 
 def cut(text, max_chars):

@@ -27,9 +27,7 @@ Part I is the method, to `iteration`; Part II prompts, forward passes, rollout a
 III settings, runs and table. The game and the demo's tiny player are in sokoban_env.py. CHOICE: no
 public text says it. DEVIATION: we differ from the paper. Needs: what to copy along with a piece.
 """
-import argparse
 import copy
-import importlib
 import inspect
 import json
 import math
@@ -41,21 +39,23 @@ import time
 import urllib.request
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sokoban_env
-from sokoban_env import derived_seed
+from sokoban_env import UserError, ask, derived_seed, require
 
 
 # ==== Part I: the method ==========================================================================
@@ -123,6 +123,7 @@ class SkillBank:
 
     def credit(self, entry, reward):
         """Count a pick, and the mean reward (CHOICE) of the group that was played then."""
+        assert math.isfinite(reward), f"reward={reward}: leave lost episodes out"
         entry["picks"] += 1
         entry["reward_sum"] += float(reward)
 
@@ -135,6 +136,7 @@ class SkillBank:
 
     def add(self, task_id, skill, source_reward=0.0):
         """Insert a skill, unless it is there. CHOICE: in a full bank the worst tried one leaves."""
+        assert math.isfinite(source_reward), f"source_reward={source_reward}: leave it out"
         entries = self.entries.setdefault(task_id, [])
         if any(e["skill"] == skill for e in entries):
             return
@@ -142,7 +144,8 @@ class SkillBank:
             return e["reward_sum"] / e["picks"] if e["picks"] else math.inf
         if len(entries) >= self.size:
             entries.remove(min(entries, key=mean_reward))
-        entries.append(dict(skill=skill, picks=0, reward_sum=0.0, source_reward=source_reward))
+        entries.append(dict(skill=skill, picks=0, reward_sum=0.0,
+                            source_reward=float(source_reward)))
 
 
 @dataclass
@@ -167,9 +170,11 @@ class Trajectory:
 
 
 # ---- The losses: pure functions of tensors (B, T), to be lifted into any trainer -----------------
+# Score with dropout off, or with the same in all passes: else no two log-probs belong together.
+# Under gradient accumulation pass `n`, the number of action tokens of the whole batch.
 def token_mean(values, mask, n=None):
-    """1/N sum of values (B, T) over the N tokens where mask is set. For a part of a batch, pass the
-    whole batch's N as `n`: then values and gradients of the parts add up. Needs: torch."""
+    """1/N sum of values (B, T) over the N tokens where mask is set; `n` stands for N where this is
+    a part of a batch: then values and gradients of the parts add up. Needs: torch."""
     if n is None:
         n = mask.sum().clamp(min=1)
     return torch.where(mask.bool(), values, 0.0).sum() / n
@@ -189,7 +194,11 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), without a KL to a reference.
-    adv: (B,), the others (B, T). Padding may hold anything. Needs: torch, token_mean."""
+    adv: (B,), the others (B, T), else ValueError. Padding may hold anything finite. Needs: torch,
+    token_mean."""
+    if not logp_student.shape == logp_old.shape == mask.shape == (*adv.shape, mask.shape[-1]):
+        shapes = [tuple(x.shape) for x in (logp_student, logp_old, adv, mask)]
+        raise ValueError(f"{shapes=}: logp_student, logp_old, mask must be (B, T), adv (B,)")
     log_ratio = torch.where(mask.bool(), logp_student - logp_old, 0.0)
     ratio = log_ratio.clamp(max=20).exp()                      # r. CHOICE: at most e^20
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -199,12 +208,15 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
 
 def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
     """1/N sum rho * k3, k3 = exp(-l) - 1 + l: the importance-weighted reverse KL to the teacher.
-    All (B, T); padding may hold anything. For tokens that pi_old sampled, the expected gradient at
-    a fixed prefix is that of KL(student || teacher), for every theta, as rho is differentiated too
+    All (B, T), else ValueError; padding may hold anything. For tokens of pi_old, the gradient at
+    a fixed prefix is on average KL(student || teacher)'s, at every theta: rho is differentiated too
     (detached, it would be that of KL(teacher || student) at theta_old):
         d(rho * k3) / dlogp_student = rho * l
     Example, rho = 1 and l = -1, 0, 1: loss (0.718 + 0 + 0.368) / 3, gradient [-1/3, 0, 1/3].
     Returns float64, as exp(-l) soon overflows float32. Needs: torch, token_mean."""
+    shapes = [tuple(x.shape) for x in (logp_student, logp_teacher, logp_old, mask)]
+    if len({*shapes}) > 1 or mask.dim() != 2:
+        raise ValueError(f"{shapes=} of logp_student, logp_teacher, logp_old, mask: not (B, T)")
     logp = logp_student.detach().double()
     l = torch.where(mask.bool(), logp - logp_teacher.detach(), 0.0)                  # Eq. 11
     log_rho = torch.where(mask.bool(), logp - logp_old.detach(), 0.0)
@@ -219,7 +231,8 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
 # ---- Scoring and updating ------------------------------------------------------------------------
 def response_logps(model, part, cfg, with_skill=False):
     """(logp, mask), (B, T) each, of the action tokens y_t of B trajectories: log pi(y_t | x, y_<t),
-    or log pi(y_t | x + S(x), y_<t). Column j is the j-th action token under either prompt."""
+    or log pi(y_t | x + S(x), y_<t). Column j is the j-th action token under either prompt. Needs:
+    torch, cross_entropy, pad_sequence, logits_at, autocast, and cfg.temperature, .precision."""
     rows, masks = [], []
     for t in part:
         prompt = t.skill_prompt if with_skill else t.prompt
@@ -239,7 +252,7 @@ def response_logps(model, part, cfg, with_skill=False):
 
 @torch.no_grad()
 def score(teacher, part, cfg):
-    """The teacher's log-probs (B, T) of the action tokens under x + S(x)."""
+    """The teacher's log-probs (B, T) of the action tokens under x + S(x). Needs: response_logps."""
     teacher.eval()
     return response_logps(teacher, part, cfg, with_skill=True)[0]
 
@@ -248,7 +261,10 @@ def update(student, optimizer, parts, teacher_logps, lam, cfg):
     """Minimise Eq. 14 over the parts of a batch. Returns metrics. If there is one step, then r =
     rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
     rewards every token by how much likelier the teacher finds it."""
-    student.train(bool(cfg.gradient_checkpointing))            # checkpointing needs it; no dropout
+    student.eval()                             # the policy that sampled: no noise
+    for layer in student.modules():            # these compute twice in train mode alone
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = bool(cfg.gradient_checkpointing)
     n_tokens = sum(sum(t.mask) for part in parts for t in part)                      # N
     n_tokens = np.mean(gather(n_tokens))       # mean over the processes, as gradients are averaged
     reads_skill = cfg.skill_reader == "student"                # an ablation
@@ -256,10 +272,8 @@ def update(student, optimizer, parts, teacher_logps, lam, cfg):
     for step in range(cfg.updates_per_iteration):
         optimizer.zero_grad()
         metrics = defaultdict(float)
-        logps = []
         for i, part in enumerate(parts):
             logp, mask = response_logps(student, part, cfg, with_skill=reads_skill)
-            logps.append(logp.detach())
             if step == 0:                      # log pi_theta_old. DEVIATION: not the sampler's
                 old_logps.append(logp.detach())
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
@@ -268,16 +282,19 @@ def update(student, optimizer, parts, teacher_logps, lam, cfg):
             if teacher_logps:
                 sdl = sdl_loss(logp, teacher_logps[i], old_logps[i], mask, n_tokens)
                 metrics["sdl_loss"] += sdl.item()
+                log_ratio = logp.detach() - teacher_logps[i]
+                metrics["log_ratio"] += token_mean(log_ratio, mask, n_tokens).item()
             loss = cfg.reward_weight * pg + lam * sdl          # Eq. 14: L = L_GRPO + lambda L_SDL
             loss.backward()                    # gradients add up over the parts
             metrics["pg_loss"] += pg.item()
+            measure(metrics, part, logp.detach(), old_logps[i], mask, n_tokens, cfg)
         average_gradients(student)             # over the processes
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
         metrics["grad_norm"] = norm.item()
-        assert math.isfinite(sum(metrics.values())), f"{dict(metrics)}: lower lr or lam"
+        require(math.isfinite(sum(metrics.values())), f"{dict(metrics)}: lower lr or lam")
         optimizer.step()
     optimizer.zero_grad()                      # free the gradients for the next rollout
-    return dict(metrics) | measure(parts, logps, old_logps, teacher_logps, cfg)
+    return dict(metrics)
 
 
 # ---- The algorithm -------------------------------------------------------------------------------
@@ -292,7 +309,7 @@ class State:
     generator: object                # torch.Generator
 
 
-def iteration(k, state, tasks, make_env, cfg):
+def iteration(k, state, tasks, world, cfg):
     """Iteration k, on these task ids, for all METHODS. Returns its episodes, and metrics."""
     student, teacher, bank = state.student, state.teacher, state.bank
     # 1. theta-bar <- theta. theta_old needs no copy: its log-probs are taken before theta changes
@@ -304,17 +321,17 @@ def iteration(k, state, tasks, make_env, cfg):
     skills = shown_skills(picks, bank, cfg, k)                 # Skill or None; others in controls
     xs = [x for x in tasks for _ in range(cfg.group_size)]     # each task G times
     actor = teacher if cfg.actor == "teacher" else student     # the student, but for an ablation
-    episodes = rollout(actor, state.tokenizer, [make_env(x) for x in xs], cfg,
+    episodes = rollout(actor, state.tokenizer, [world.make_env(x) for x in xs], cfg,
                        [skills[x] for x in xs], state.generator)      # S(x) is rendered for step 4
-    for x, t in zip(xs, episodes):
-        assert t.task_id == x, f"make_env({x!r}) has the task_id {t.task_id!r}"
+    assert [t.task_id for t in episodes] == xs, "make_env(x).task_id must be x"
 
     # 3. rewards, group advantages. CHOICE: lost episodes (nan) are left out of all that follows
     advantages = group_advantages([t.reward for t in episodes], cfg.group_size)
     for t, adv in zip(episodes, advantages.tolist()):
         t.adv = adv
     batch = [t for t in episodes if not math.isnan(t.reward)]
-    assert batch, f"every episode was lost: {episodes[0].counts}, {episodes[0].messages}"
+    require(batch, f"every episode was lost, the first with {episodes[0].counts} after a prompt of "
+            f"{len(episodes[0].prompt)} tokens; {cfg.max_context=}")
 
     # 4. the teacher re-scores the same tokens under x + S(x)
     parts = micro_batches(batch, cfg.micro_batch_tokens)
@@ -335,10 +352,12 @@ def iteration(k, state, tasks, make_env, cfg):
         best = min(group, key=lambda t: (-t.reward, t.turns), default=None)
         if best and bank.wants(x, best.reward) and cfg.skill_reader != "nobody":
             chosen.append(best)
-    written = summarize(chosen, student, state.tokenizer, cfg, state.generator)
+    written = summarize(chosen, state, world, cfg)
     for t, skill in written:
         bank.add(t.task_id, skill, t.reward)
-    return episodes, metrics | {"skills_failed": len(chosen) - len(written)}
+    metrics["skills_written"] = len(written)
+    metrics["skills_failed"] = len(chosen) - len(written)
+    return episodes, metrics
 
 
 # ==== Part II: the engine =========================================================================
@@ -346,7 +365,9 @@ def iteration(k, state, tasks, make_env, cfg):
 class Chat:
     """Renders conversations to token ids, with the texts of the chat template between contents:
         before_system SYSTEM before_user TASK opening ANSWER after_answer OBSERVATION opening ...
-    A conversation only grows: sampled ids are never tokenised again, and thinking stays in it."""
+    A conversation only grows: sampled ids are never tokenised again, and thinking stays in it.
+    System prompts and prefills are trusted, tasks, observations and skills are not: see `clean`.
+    Needs: re, asdict, SKILL_TEXT, UserError, a fast tokenizer with a chat template."""
     def __init__(self, tokenizer, prefill="", max_skill_tokens=256):
         self.tokenizer = tokenizer
         self.max_skill_tokens = max_skill_tokens
@@ -356,7 +377,7 @@ class Chat:
         try:
             pieces = self.cut("system", "user", "assistant", "user")
             self.before_system, self.before_user = pieces[:2]
-        except ValueError:                     # no system role: its text goes above the task
+        except UserError:                      # no system role: its text goes above the task
             pieces = self.cut("user", "assistant", "user")
             self.before_system, self.before_user = pieces[0], "\n\n"
         self.after_answer, generation_prompt = pieces[-2:]
@@ -370,37 +391,45 @@ class Chat:
         self.eos_ids = {tokenizer.eos_token_id}
         if self.end_ids and self.end_ids[0] in added.values():
             self.eos_ids.add(self.end_ids[0])  # the template's own token that ends a turn
-        self.control = "(?!)"                  # matches nothing; then: a control token's beginning
-        for token in added:
-            name = token.strip(" \t\r\n\u2581")
-            if len(name) > 1:                  # the others, runs of blanks, do no harm
-                self.control += f"|{re.escape(name[0])}(?={re.escape(name[1:])})"
+        blanks = " \t\r\n\u2581"               # runs of them do no harm
+        self.control = {i for token, i in added.items() if len(token.strip(blanks)) > 1}
 
     def cut(self, *roles):
         """The template's texts before, between and after the contents of a conversation."""
         marks = [f"\u00a7{role} {i}\u00a7" for i, role in enumerate(roles)]
-        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
+        chat = [{"role": role, "content": f"   {mark}   "} for role, mark in zip(roles, marks)]
         text = ""
         reason = "a text is changed or lost"
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=0, add_generation_prompt=True)
         except Exception as error:             # a template may raise anything
             reason = error
+        for i, mark in enumerate(marks):       # some templates trim contents, others do not
+            if f"   {mark}   " in text:
+                marks[i] = f"   {mark}   "
+        self.trims = marks[-1][0] != " "
         any_mark = "|".join(marks)
         pieces = re.split(any_mark, text)
         complete = re.findall(any_mark, text) == marks
         # The generation prompt may extend an old answer's header, e.g. by <think>.
         if not complete or not pieces[-1].strip().startswith(pieces[-3].strip()):
-            raise ValueError(f"model={self.tokenizer.name_or_path!r}: its chat template does not "
-                             f"repeat one form for every turn ({reason}); use a model whose does")
+            raise UserError(f"model={self.tokenizer.name_or_path!r}: its chat template does not "
+                            f"repeat one form for every turn ({reason}); use a model whose does")
         return pieces
 
     def clean(self, text):
         """The text with a blank in each control token, so that it can inject no turn."""
         text = text.encode("utf-8", "replace").decode()        # a lone surrogate has no encoding
-        while re.search(self.control, text):
-            text = re.sub(self.control, r"\g<0> ", text)
-        return text
+        if self.trims:
+            text = text.strip()
+        while True:                            # by ids: a normalizer may spell them otherwise
+            encoded = self.backend.encode(text, add_special_tokens=False)
+            found = [x for x, i in zip(encoded.offsets, encoded.ids) if i in self.control]
+            if not found:
+                return text
+            for start, end in reversed(found):
+                last = start + len(text[start:end].rstrip()) - 1
+                text = f"{text[:last]} {text[last:]}"
 
     def ids(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -411,7 +440,7 @@ class Chat:
 
     def prompt(self, system, task, skill=None):
         """Ids up to the first answer: with `skill` the teacher's, without it the student's."""
-        head = self.before_system + self.clean(system) + self.before_user
+        head = self.before_system + system.strip() + self.before_user
         notes = ""
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
@@ -444,7 +473,8 @@ def logits_at(positions, model):
 
 
 def micro_batches(batch, max_tokens):
-    """Lists of trajectories of similar length: at most max_tokens when padded, or one alone."""
+    """Lists of trajectories of similar length: at most max_tokens when padded, or one alone.
+    Needs: nothing but .skill_prompt and .ids, lists of ids."""
     def length(t):
         return len(t.skill_prompt + t.ids)
     parts = [[]]
@@ -455,23 +485,19 @@ def micro_batches(batch, max_tokens):
     return parts
 
 
-def measure(parts, logps, old_logps, teacher_logps, cfg):
-    """What the log tells of the action tokens of all processes, at the last optimiser step."""
-    tokens = []
-    for part, *padded in zip(parts, logps, old_logps, teacher_logps or logps):
-        for t, *rows in zip(part, *[x.tolist() for x in padded]):
-            tokens += zip(*rows, [t.adv] * len(t.logps), t.logps)        # zip stops at the shortest
-    logp, old, teacher, adv, sampled = np.transpose(sum(gather(tokens), []))
-    ratio = np.exp(np.minimum(logp - old, 20))
-    clipped = ratio.clip(1 - cfg.clip_low, 1 + cfg.clip_high)
-    metrics = dict(action_tokens=len(old))
-    metrics["clip_fraction"] = np.mean(ratio * adv > clipped * adv)
-    if teacher_logps:
-        metrics["log_ratio"] = np.mean(logp - teacher)
+def measure(metrics, part, logp, logp_old, mask, n, cfg):
+    """Add what the log tells of a part's action tokens, as its share of a mean over n tokens."""
+    adv = torch.tensor([[t.adv] for t in part], device=logp.device)                  # (B, 1)
+    ratio = (logp - logp_old).exp()
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    is_clipped = (ratio * adv > clipped * adv).float()
+    metrics["action_tokens"] = n * RANKS
+    metrics["clip_fraction"] += token_mean(is_clipped, mask, n).item()
     if cfg.actor == "student":
-        metrics["entropy"] = -np.mean(old)
-        metrics["rollout_gap"] = abs(old - sampled).max()      # sampling against scoring
-    return metrics
+        sampled = pad_sequence([torch.tensor(t.logps) for t in part], True)          # (B, T)
+        gap = (sampled.to(logp.device) - logp_old)[mask].abs().max().item()
+        metrics["rollout_gap"] = max(gap, metrics["rollout_gap"])
+        metrics["entropy"] -= token_mean(logp_old, mask, n).item()       # estimated by its sample
 
 
 class KeyValueCache(DynamicCache):
@@ -481,7 +507,8 @@ class KeyValueCache(DynamicCache):
 
 class Decoder:
     """B ragged conversations that grow on one key-value cache. rows: the ids read so far.
-    attention_mask (B, slots): 1 at tokens, 0 at padding, which stands left of each chunk."""
+    attention_mask (B, slots): 1 at tokens, 0 at padding, which stands left of each chunk. Needs:
+    inspect, math, torch, KeyValueCache, autocast, and cfg.temperature, .precision."""
     def __init__(self, model, cfg, n):
         self.model, self.cfg = model, cfg
         self.rows = [[] for _ in range(n)]
@@ -520,6 +547,15 @@ class Decoder:
 
 
 # ---- Rollout: on-policy, multi-turn, token ids in and token ids out ------------------------------
+THINKING = r"(?i)[<\[\u25c1]%s(?:seed:)?(?:think(?:ing)?|thought|reasoning)[>\]\u25b7]"
+
+
+def spoken(answer):
+    """An answer without the drafts in its thinking, closed or not. Needs: re, THINKING."""
+    said = re.split(THINKING % "/", answer)[-1]
+    return re.split(THINKING % "", said)[0]
+
+
 def sample_answers(decoder, logp, eos_ids, cfg, generator, greedy):
     """(ids, logps): one list per row, of an answer up to an eos id (kept) or max_new_tokens. logp
     (B, V): of the first token. The decoder has not read the last token when this returns."""
@@ -548,21 +584,27 @@ def sample_answers(decoder, logp, eos_ids, cfg, generator, greedy):
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
     """Play an episode in each environment and close it. It has task_id, system_prompt, reset() ->
     task, step(answer) -> (observation, done), completion() -> [0, 1] or nan if lost, and close().
-    model samples at cfg.temperature or is `greedy`. skills, one or None each, make skill_prompt."""
+    model samples at cfg.temperature or is `greedy`. skills, one or None each, make skill_prompt.
+    Needs: all of Part II up to here, Trajectory, Skill, and what these need."""
+    if not envs:
+        return []
     skills = skills or [None] * len(envs)
     size = cfg.rollout_batch
     if len(envs) > size:
         trajectories = []
-        for start in tqdm(range(0, len(envs), size), "rollout", leave=False, disable=None):
-            some = slice(start, start + size)
-            trajectories += rollout(model, tokenizer, envs[some], cfg, skills[some], generator,
-                                    greedy)
+        for i in tqdm(range(0, len(envs), size), "rollout", leave=False, disable=None):
+            some = envs[i:i + size], cfg, skills[i:i + size]
+            trajectories += rollout(model, tokenizer, *some, generator, greedy)
         return trajectories
     model.eval()
-    chat = Chat(tokenizer, cfg.prefill, cfg.max_skill_tokens)
+    prefill = cfg.prefill or getattr(envs[0], "prefill", "")
+    chat = Chat(tokenizer, prefill, cfg.max_skill_tokens)
     render = cache(chat.prompt)                # many are equal
     follow = cache(chat.next_turn)
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
+               if token.special}
+    unseen = {i for i in special if not re.search(THINKING % "/?", special[i])}
     limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens  # 2: a blank line
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
     each = map
@@ -570,7 +612,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         each = ThreadPoolExecutor(len(envs)).map
     # First the prompts; then, turn by turn, an answer of each conversation, a step of each world.
     trajectories, playing, chunks = [], [], []
-    tasks = list(each(lambda env: env.reset(), envs))
+    tasks = list(each(partial(ask, name="reset"), envs))
     for env, skill, task in zip(envs, skills, tasks):
         prompt = render(env.system_prompt, task)
         skill_prompt = render(env.system_prompt, task, skill)
@@ -580,7 +622,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         t.counts = {"cut_answers": 0, "truncated": too_long}
         trajectories.append(t)
         if too_long:                           # no turn is possible: its reward stays nan
-            env.close()
+            ask(env, "close")
         else:
             playing.append((t, env))
             chunks.append(skill_prompt if reads_skill else prompt)
@@ -591,17 +633,21 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     decoder = Decoder(model, cfg, len(prompts))
     logp = decoder.read(prompts)[rows]                                               # (B, V)
     decoder.keep(rows)
+    require(not logp.isnan().any(), "the model's logits are nan: lower lr or lam")
     while True:
         answers, logps = sample_answers(decoder, logp, eos_ids, cfg, generator, greedy)
-        texts = [chat.prefill + tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in answers]
-        steps = list(each(lambda pair, text: pair[1].step(text), playing, texts))
+        texts = []
+        for ids in answers:
+            shown = [y for y in ids if y not in unseen]
+            text = tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+            texts.append(chat.prefill + text)
+        steps = list(each(
+            lambda pair, text: ask(pair[1], "step", spoken(text), turn=pair[0].turns + 1),
+            playing, texts))
         going_on, chunks = [], []
         for row, (t, env) in enumerate(playing):
-            ids, step = answers[row], steps[row]
-            assert isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], str), (
-                f"{type(env).__name__}.step returned {step!r:.99}, not a str and a bool")
-            observation, done = step
+            ids = answers[row]
+            observation, done = steps[row]
             t.ids += ids
             t.mask += [True] * len(ids)
             t.logps += logps[row]
@@ -611,12 +657,10 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             t.messages.append({"role": "user", "content": observation})
             following = [] if done else follow(observation, ids[-1])
             if done or len(t.prompt + t.ids + following) > limit:
-                reward = env.completion()      # CHOICE: a full context ends the episode
-                assert isinstance(reward, (int, float, np.generic)), (
-                    f"{type(env).__name__}.completion returned {reward!r}, not a number")
+                reward = ask(env, "completion", turn=t.turns)  # CHOICE: a full context ends it
                 t.reward = round(float(reward), 9)             # ten times 0.1 must be 1
                 t.counts |= dict(truncated=not done) | getattr(env, "counts", {})
-                env.close()
+                ask(env, "close", turn=t.turns)
             else:
                 t.ids += following
                 t.mask += [False] * len(following)
@@ -656,16 +700,19 @@ def shown_skills(picks, bank, cfg, k):
     return shown
 
 
-def summarize(batch, student, tokenizer, cfg, generator):
+def summarize(batch, state, world, cfg):
     """Analyze(tau, x): [(trajectory, Skill)], without failures. DEVIATION: not asynchronously."""
     texts = []
     for t in batch:
         turns = [f"[{m['role']}]\n{m['content']}" for m in t.messages]
         texts.append("\n\n".join(turns) + f"\n\n[completion: {t.reward:.2f}]")
     if cfg.summarizer == "rules":              # DEVIATION: the tiny model is too small to write
-        answers = [json.dumps(sokoban_env.analyse(t.messages)) for t in batch]
+        answers = []
+        for t in batch:
+            said = [dict(m, content=spoken(m["content"])) for m in t.messages]
+            answers.append(json.dumps(world.analyse(said)))
     elif cfg.summarizer == "self":             # DEVIATION: the paper asks an external model
-        answers = ask_student(texts, student, tokenizer, cfg, generator)
+        answers = ask_student(texts, state.student, state.tokenizer, cfg, state.generator)
     else:
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(partial(ask_server, cfg=cfg), texts))
@@ -684,13 +731,18 @@ def ask_student(texts, student, tokenizer, cfg, generator):
     """The student's answers, each an episode of one turn; none to a transcript that is too long.
     CHOICE: they begin with a prefill and are sampled at 0.6: else small models seldom end one."""
     longest = getattr(student.config.get_text_config(), "max_position_embeddings", cfg.max_context)
-    own = replace(cfg, max_new_tokens=cfg.summary_tokens, max_context=longest, temperature=0.6,
-                  prefill='{"success_analysis": "')
+    own = copy.copy(cfg)
+    own.max_new_tokens, own.max_context, own.temperature = cfg.summary_tokens, longest, 0.6
+    own.prefill = '{"success_analysis": "'
     envs = [SimpleNamespace(
         task_id="", system_prompt=SUMMARIZER_PROMPT, reset=partial(str, text), close=lambda: None,
         step=lambda answer: ("", True), completion=lambda: 0.0) for text in texts]
     written = rollout(student, tokenizer, envs, own, generator=generator)
-    return [t.messages[1]["content"] if t.turns else "" for t in written]
+    for t in written:
+        if not t.turns:
+            t.messages.append({"content": f"[{len(t.prompt)} tokens of transcript do not fit into "
+                               f"{longest} with {cfg.summary_tokens=}]"})
+    return [t.messages[1]["content"] for t in written]
 
 
 def ask_server(text, cfg, timeout=60):
@@ -705,11 +757,7 @@ def ask_server(text, cfg, timeout=60):
     for wait in (1, 4, 0):
         said, reason, end = b"", "no text", time.monotonic() + timeout
         try:
-            try:
-                answer = urllib.request.urlopen(request, timeout=timeout)
-            except urllib.error.HTTPError as error:
-                answer = reason = error        # its body may tell more
-            with answer:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
                 while time.monotonic() < end and (more := answer.read1(65536)):      # may be slow
                     said += more
             text = json.loads(said)["choices"][0]["message"]["content"]
@@ -725,15 +773,15 @@ def ask_server(text, cfg, timeout=60):
 
 def parse_skill(text):
     """The Skill in a summarizer's answer, else ValueError. Forgives fences, other text and fields,
-    lists of lines, null, and bad JSON around the three strings in order. Needs: json, re, Skill."""
+    lists of lines, null, and bad JSON around the three strings in order. Needs: json, re, Skill,
+    spoken."""
     names = ("success_analysis", "mistake_analysis", "golden_workflow")
     text = text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
     # The last string ends before another key or the object's end, not at a quote within it.
     strings += r'(?=\s*,\s*"\w+"\s*:|[\s,]*(?:[}`][^"]*)?$)'
     pieces = []
-    answer = re.split(r"</think(?:ing)?>|\[/THINK\]", text)[-1]
-    for part in (answer, text):                # what follows the thinking, else everything
+    for part in (spoken(text), text):          # what follows the thinking, else everything
         starts = [brace.start() for brace in re.finditer(r"\{", part)]
         pieces += [part[start:] for start in reversed(starts[-100:])]
         for found in re.finditer(strings, part):
@@ -755,13 +803,15 @@ def parse_skill(text):
 
 
 # ==== Part III: the program =======================================================================
+CODE = derived_seed(Path(__file__).read_text())                # this version of the file
 RANK = int(os.environ.get("RANK", 0))          # the number of this process, and
 RANKS = int(os.environ.get("WORLD_SIZE", 1))   # of all of them, under torchrun
 
 
 @dataclass
 class Config(Method, sokoban_env.Settings):
-    """Every setting: the method's, Sokoban's, and these. The command line is made from them."""
+    """Every setting: the method's, Sokoban's, and these. The command line is made from them. Build
+    one with `configure`, which alone applies METHODS and PRESETS, and pass it to `train`."""
     method: str = "skill_sd"         # of METHODS: one, several after commas, or all
     preset: Literal["tiny", "scarce", "small", "paper", "appworld"] = "tiny"    # see PRESETS
     seed: int = 0                    # of training levels, warm start, sampling
@@ -770,48 +820,46 @@ class Config(Method, sokoban_env.Settings):
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the model
     save_every: int = 10             # iterations between checkpoints
     evals: int = 10                  # held-out evaluations along the run, before the last one
-    curriculum: float = 0.5          # share of the run after which all tasks are used   CHOICE
-    env: str = "sokoban_env"         # appworld_adapter, or any module with a make_world(cfg)
+    env: str = "sokoban_env"         # appworld_adapter, or a module, or FILE.py, with make_world
     model: str = "tiny"              # tiny: the built-in model; else a Hugging Face name or folder
     precision: Literal["float32", "bfloat16"] = "float32"  # of rollout and scoring alike
     gradient_checkpointing: Literal[0, 1] = 0         # 1: less memory, each layer computed twice
-    prefill: str = ""                # every answer begins with this, for student and teacher
+    prefill: str = ""                # every answer begins with this; by default as the world says
     max_new_tokens: int = 1          # longest answer in tokens; tiny answers one word  CHOICE
     max_context: int = 1024          # longest conversation; a full one ends an episode  CHOICE
     max_skill_tokens: int = 256      # a skill longer than this is cut in the prompt    CHOICE
     rollout_batch: int = 512         # conversations played at once
     micro_batch_tokens: int = 4096   # tokens per forward pass while scoring and training
-    summarizer: str = "rules"        # rules (Sokoban's analyst), self, or http://HOST/v1
+    summarizer: str = "rules"        # rules (the world's analyst), self, or http://HOST/v1
     summarizer_model: str = ""       # the model to ask for there; key in OPENAI_API_KEY
     summary_tokens: int = 400        # longest answer of a summarizing language model   CHOICE
 
     def __post_init__(self):
-        may_be_0 = "seed", "iterations", "sync_every", "evals"
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least = int(f.type is int and f.name not in may_be_0)
-            if f.type in (int, float) and not least <= value < math.inf and value != f.default:
-                raise ValueError(f"{f.name}={value}: must be finite, >= {least}")
-        served = re.fullmatch(r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/\S*)?", self.summarizer)
-        rules = self.summarizer == "rules" and self.env == "sokoban_env"
-        read = self.skill_reader == "teacher" or not (self.actor == "teacher" or self.lam > 0)
+        super().__post_init__()                # types, choices and ranges
+        check = self.check
+        check("method", self.method in METHODS, f"must be all, or of {', '.join(METHODS)}")
+        for name, value in METHODS[self.method].items():
+            check(name, getattr(self, name) == value,
+                  f"method {self.method} means {value!r}; leave it to configure(method=...)")
+        check("group_size", self.group_size > 1 or not (self.reward_weight and self.iterations),
+              "at least 2")
+        check("tasks_per_iteration", self.tasks_per_iteration % RANKS == 0,
+              f"must be a multiple of {RANKS}")
+        needs_it = self.actor == "teacher" or self.lam > 0
+        check("skill_reader", self.skill_reader == "teacher" or not needs_it,
+              "a teacher that acts or distils (lam > 0) must read it")
+        check("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU is found")
         least = self.max_skill_tokens + self.max_new_tokens + 2
-        for name, right, remedy in (
-                ("group_size", self.group_size > 1 or not self.reward_weight, "at least 2"),
-                ("temperature", self.temperature > 0, "must be above 0"),
-                ("lam_until", self.lam_until > 0, "must be above 0; inf: constant"),
-                ("tasks_per_iteration", self.tasks_per_iteration % RANKS == 0,
-                 f"must be a multiple of {RANKS}"),
-                ("skill_reader", read, "a teacher that acts or distils (lam > 0) must read it"),
-                ("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU is found"),
-                ("max_context", self.max_context > least, f"must exceed {least}: skill, answer"),
-                ("summarizer", served or rules or self.summarizer == "self",
-                 "self, a server http://HOST/v1, or for Sokoban rules"),
-                ("summarizer_model", self.summarizer_model or not served, "one of the server's"),
-                ("summarizer", os.environ.get("OPENAI_API_KEY", "").isascii() or not served,
-                 "OPENAI_API_KEY has characters that are not ASCII")):
-            if not right:
-                raise ValueError(f"{name}={getattr(self, name)!r}: {remedy}")
+        check("max_context", self.max_context > least, f"must exceed {least}: skill, answer")
+        check("env", sokoban_env.world_file(self.env), "no such file, no module of that name")
+        if self.summarizer not in ("rules", "self"):
+            url = r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?"
+            check("summarizer", re.fullmatch(url, self.summarizer, re.ASCII),
+                  "rules, self, or a server http://HOST/v1")
+            check("summarizer_model", self.summarizer_model, "one of the server's")
+            key = os.environ.get("OPENAI_API_KEY", "").strip()
+            check("summarizer", key.isascii() and key.isprintable(),
+                  "OPENAI_API_KEY must be one line of ASCII characters")
 
 
 METHODS = {
@@ -836,23 +884,21 @@ PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_b
 PRESETS = {      # of the paper: model, boxes, levels, turns, iterations, lam; the rest is CHOICE
     "tiny": {},                                # easy levels: many rollouts are rewarded
     "scarce": dict(min_moves=5, max_moves=12, max_turns=16, timid=0.9, tasks_per_iteration=4,
-                   group_size=4, iterations=160, lr=5e-4, curriculum=0.0),
+                   group_size=4, iterations=160, lr=5e-4),
     "small": CHAT | dict(model="Qwen/Qwen2.5-0.5B-Instruct", iterations=100, max_turns=20,
-                         train_levels=96, test_levels=64, max_new_tokens=16, prefill="<answer>",
-                         max_context=4096, rollout_batch=128),               # a GPU of 24 GB
+                         train_levels=96, test_levels=64, max_new_tokens=16, max_context=4096,
+                         rollout_batch=128),                                 # a GPU of 24 GB
     "paper": PAPER | dict(iterations=180, boxes=2, max_moves=20, train_levels=96, test_levels=64,
                           max_new_tokens=256, max_context=16384),
-    "appworld": PAPER | dict(iterations=300, env="appworld_adapter", curriculum=0.0,
+    "appworld": PAPER | dict(iterations=300, env="appworld_adapter",
                              max_new_tokens=512, max_context=32768),
 }
 
 
 def configure(method="skill_sd", **typed):
-    """A run's Config. Precedence: METHODS, `typed`, what a trained model's folder says, PRESETS."""
-    assert method in METHODS, f"method={method!r}: must be all, or of {', '.join(METHODS)}"
-    for name, value in METHODS[method].items():
-        assert typed.get(name, value) == value, (
-            f"{name}={typed[name]!r}: method {method} means {value!r}")
+    """A run's Config, as in train(configure(method="grpo", preset="scarce", iterations=20)).
+    Precedence: METHODS, `typed`, what a trained model's folder says, PRESETS."""
+    row = METHODS.get(method, {})
     saved = {}
     path = Path(typed.get("model", "tiny")) / "skill_sd.json"
     if path.exists() and "preset" not in typed:
@@ -864,8 +910,8 @@ def configure(method="skill_sd", **typed):
     if typed.get("env") == "appworld_adapter":
         preset = "appworld"
     preset = typed.get("preset", saved.get("preset", preset))
-    settings = dict(method=method, preset=preset) | PRESETS[preset] | saved | typed
-    return Config(**settings | METHODS[method])
+    settings = dict(method=method, preset=preset) | PRESETS.get(preset, {}) | saved
+    return Config(**settings | row | typed)    # which checks them
 
 
 def load_model(cfg, world):
@@ -873,34 +919,67 @@ def load_model(cfg, world):
     path = cfg.model
     if path == "tiny":
         path = sokoban_env.warm_start(cfg, SKILL_TEXT, world)
+    told = f"model={str(path)!r}"
+    adapter = (Path(path) / "adapter_config.json").exists()
+    require(not adapter, f"{told}: merge the adapter first (peft's merge_and_unload)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for name in vars(config):              # theta_old must be the policy that sampled
-            if re.search("dropout|_pdrop$", name):
-                setattr(config, name, 0.0)
+        for part in config, config.get_text_config():
+            for name in vars(part):            # theta_old must be the policy that sampled
+                if re.search("dropout|_pdrop$", name):
+                    setattr(part, name, 0.0)
         config.gradient_checkpointing = bool(cfg.gradient_checkpointing)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, trust_remote_code=False).to(cfg.device)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, trust_remote_code=False,
+            output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:                 # each of the libraries has its own
-        raise ValueError(f"model={str(path)!r} cannot be loaded on {cfg.device}; give a folder, or "
-                         f"an instruct model's name. {type(error).__name__}: {error}") from error
+        model = model.to(cfg.device)
+        gap = scoring_gap(model, cfg)
+    except Exception as error:                 # each library, and each architecture, has its own
+        raise UserError(f"{told} cannot be loaded and played on {cfg.device}; give an instruct "
+                        f"model's folder or name. {type(error).__name__}: {error}") from error
+    missing = sorted(found["missing_keys"])    # unused ones are normal; the library tells them
     text = model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if model._is_stateful or kinds or rope.get("rope_type") in ("longrope", "dynamic"):
-        raise ValueError(f"model={str(path)!r}: its recurrent layers, or keys that change with the "
-                         "length, do not fit the cache; use a model of plain attention")
     window = getattr(text, "max_position_embeddings", cfg.max_context)
-    assert cfg.max_context <= window, f"max_context={cfg.max_context}: {path} reads only {window}"
+    n_embedded = model.get_input_embeddings().num_embeddings
+    require(not missing, f"{told}: {len(missing)} weights are missing, as {missing[:1]}")
+    require(tokenizer.is_fast and len(tokenizer) <= n_embedded,
+            f"{told}: needs a fast tokenizer of at most {n_embedded} ids, has {len(tokenizer)}")
+    require(cfg.max_context <= window, f"max_context={cfg.max_context}: {told} reads only {window}")
+    require(gap < 1e-3, f"{told} does not score what it samples: log-probs differ by {gap:.2g}. It "
+            "counts padding, looks ahead, or is recurrent; use a model of plain causal attention")
+    eos = model.generation_config.eos_token_id                 # others may refuse to be saved
+    model.generation_config = GenerationConfig(eos_token_id=eos)
     return model, tokenizer
+
+
+def scoring_gap(model, cfg):
+    """The largest difference between log-probs of tokens of two ragged conversations that are read
+    through the cache, and at once: longer than the model's windows, in float32."""
+    own = replace(cfg, precision="float32")
+    text = model.config.get_text_config()
+    named = re.findall(r'(?:window|original_max)\w*": (\d+)', text.to_json_string(use_diff=False))
+    lengths = [int(n) for n in named if int(n) < cfg.max_context]        # at which things change
+    some = partial(random.Random(0).choices, range(text.vocab_size))
+    chunks = [some(k=max([0, *lengths]) + 30), some(k=9)]
+    rows = [Trajectory("", None, chunk, chunk, []) for chunk in chunks]
+    decoder = Decoder(model.eval(), own, 2)
+    for sizes in (1, 7), (12, 1), (1, 1):
+        logp = decoder.read(chunks).tolist()
+        chunks = [some(k=n) for n in sizes]
+        for t, chunk, row in zip(rows, chunks, logp):
+            t.ids += chunk
+            t.mask += [True] + [False] * (len(chunk) - 1)
+            t.logps.append(row[chunk[0]])
+        rows, chunks = rows[::-1], chunks[::-1]
+        decoder.keep([1, 0])
+    scored = score(model, rows, own)                                                 # (2, 3)
+    return np.abs(scored.tolist() - np.array([t.logps for t in rows])).max()
 
 
 def begin(cfg):
     """(world, state) before the first iteration."""
-    world = importlib.import_module(cfg.env).make_world(cfg)   # train: ids, the easiest first
-    assert world.heldout and cfg.tasks_per_iteration <= len(world.train), (
-        f"{cfg.tasks_per_iteration=}, {len(world.train)=}, {len(world.heldout)=}: too few")
+    world = sokoban_env.load_world(cfg, RANKS)
     student, tokenizer = load_model(cfg, world)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), cfg.lr, betas=(0.9, 0.95))        # CHOICE
@@ -911,61 +990,80 @@ def begin(cfg):
 
 # ---- One run: its folder, its checkpoints, its log -----------------------------------------------
 def train(cfg):
-    """Run the method, or go on with it, and keep what comes of it. Returns the last evaluation."""
+    """Run the method, or go on with it, and keep what comes of it. Returns the last evaluation:
+    {"sampled", "greedy": held-out completions, "curve": [(iteration, sampled accuracy)]}."""
     folder = run_folder(cfg)
     finished = folder / "result.json"
-    if finished.exists():
-        tqdm.write(f"finished before: {finished}")
-        return json.loads(finished.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    with sokoban_env.threads_for(cfg.model):
+    with sokoban_env.locked(folder, RANK), sokoban_env.threads_for(cfg.model):
+        gather(None)                           # the others wait for process 0
+        if finished.exists():
+            tqdm.write(f"finished: read {finished}")
+            return load(finished)
         world, state = begin(cfg)
         log = resume(folder, state)
         for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
             line = {"iteration": k, "lam": cfg.lam_at(k)}
             if k * cfg.evals % cfg.iterations < cfg.evals:     # equally spaced, the first at 0
-                for how, rewards in evaluate(state, world, cfg, k).items():
-                    line[f"heldout_{how}"] = np.equal(rewards, 1).mean()
+                line |= means(evaluate(state, world, cfg, k))
             start = time.perf_counter()
             tasks = pick_tasks(world.train, cfg, k)
-            held = [[e["picks"] for e in state.bank.entries.get(x, [])] for x in tasks]
             state.generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "rollout", k))
-            episodes, metrics = iteration(k, state, tasks, world.make_env, cfg)
+            episodes, metrics = iteration(k, state, tasks, world, cfg)
             line["seconds"] = time.perf_counter() - start
-            rows = [dict(ucb_decided=len(n) > 1 and min(n) > 0) for n in held if n]
-            log.append(log_line([line | metrics, *rows], episodes))
-            write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            log.append(log_line(line | metrics, episodes))
+            save(folder / "log.jsonl", log)
             if (k + 1) % cfg.save_every == 0 or k + 1 == cfg.iterations:
-                saved = {"log": log, "bank": json.dumps(gather(state.bank.entries), default=asdict)}
+                saved = {"log": log, "code": CODE}
+                saved["banks"] = json.dumps(gather(state.bank.entries), default=asdict)
                 for name in ("student", "teacher", "optimizer"):
                     saved[name] = getattr(state, name).state_dict()
-                write(folder / "checkpoint.pt", saved)
+                save(folder / "checkpoint.pt", saved)
         result = evaluate(state, world, cfg, cfg.iterations)
-    curve = [(x["iteration"], x["heldout_sampled"]) for x in log if "heldout_sampled" in x]
-    result["curve"] = [*curve, (cfg.iterations, np.equal(result["sampled"][:512], 1).mean())]
-    if RANK == 0:
-        sokoban_env.save_model(folder / "student", state.student, state.tokenizer)
-    write(folder / "student" / "skill_sd.json", json.dumps(asdict(cfg)))
-    write(folder / "bank.json", json.dumps(gather(state.bank.entries), default=asdict, indent=1))
-    write(finished, json.dumps(result))
+        lines = [*log, {"iteration": cfg.iterations} | means(result)]
+        curve = [(x["iteration"], x["heldout_sampled"]) for x in lines if "heldout_sampled" in x]
+        result |= {"curve": curve, "code": CODE}
+        if RANK == 0:
+            sokoban_env.save_model(folder / "student", state.student, state.tokenizer)
+        save(folder / "student" / "skill_sd.json", asdict(cfg))
+        save(folder / "bank.json", gather(state.bank.entries))
+        save(folder / "log.jsonl", lines)
+        save(finished, result)
+    failed, written, shown = (sum(line[name] for line in log) for name in (
+        "skills_failed", "skills_written", "skill_share"))
+    if log and not shown and cfg.skill_reader != "nobody":
+        tqdm.write("warning: no skill was ever shown, so this was GRPO alone")
+    if failed > written:
+        tqdm.write("warning: most skills failed to parse; use a larger model, or a server")
     return result
 
 
 def run_folder(cfg):
-    """Named by method, model, seed and a hash of all settings that the result depends on."""
+    """Named by method, model, seed and a hash of all that the result depends on: the settings, the
+    world's file, and the model's files as they are now."""
     settings = asdict(cfg)
     for name in ("preset", "seeds", "out", "device", "save_every"):
         del settings[name]
-    key = derived_seed(json.dumps([settings, RANKS])) % 16**6
+    world = Path(sokoban_env.world_file(cfg.env)).read_text()
+    weights = [(path.name, path.stat().st_mtime) for path in sorted(Path(cfg.model).glob("*"))]
+    key = derived_seed(json.dumps([settings, RANKS, world, weights])) % 16**6
     return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key:06x}"
 
 
-def write(path, data):
-    """Replace a file by a finished temporary one: it is whole or absent. Process 0 writes."""
+def save(path, data):
     if RANK == 0:
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        torch.save(data, part) if path.suffix == ".pt" else part.write_text(data)
-        os.replace(part, path)
+        sokoban_env.save(path, data)
+
+
+def load(path):
+    """What was saved; said if another version of this file did."""
+    data = sokoban_env.load(path)
+    if data["code"] != CODE:
+        tqdm.write(f"{path} is of another version of skill_sd.py")
+    return data
+
+
+def means(result):
+    return {f"heldout_{how}": np.equal(x, 1).mean() for how, x in result.items()}
 
 
 def resume(folder, state):
@@ -973,22 +1071,19 @@ def resume(folder, state):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return []
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = load(path)
     for name in ("student", "teacher", "optimizer"):
         getattr(state, name).load_state_dict(saved[name])
     state.bank.entries = json.loads(
-        saved["bank"], object_hook=lambda x: Skill(**x) if "golden_workflow" in x else x)[RANK]
+        saved["banks"], object_hook=lambda x: Skill(**x) if "golden_workflow" in x else x)[RANK]
+    tqdm.write(f"going on at iteration {len(saved['log'])}: {folder}")
     return saved["log"]
 
 
 def pick_tasks(tasks, cfg, k):
-    """This process's tasks of iteration k. CHOICE: from the easiest quarter at first, then more."""
-    tasks = tasks[RANK::RANKS]
-    mine = cfg.tasks_per_iteration // RANKS
-    opened = np.interp(k / cfg.iterations, [0, cfg.curriculum], [0.25, 1])
-    easiest = tasks[:max(mine, round(opened * len(tasks)))]
-    seed = derived_seed(cfg.seed + 10**6 * RANK, "tasks", k)
-    return random.Random(seed).sample(easiest, mine)
+    """This process's tasks of iteration k, at random."""
+    rng = random.Random(derived_seed(cfg.seed + 10**6 * RANK, "tasks", k))
+    return rng.sample(tasks[RANK::RANKS], cfg.tasks_per_iteration // RANKS)
 
 
 def evaluate(state, world, cfg, k):
@@ -1009,10 +1104,14 @@ def evaluate(state, world, cfg, k):
     return result
 
 
-def log_line(rows, episodes):
-    """The mean of everything in `rows`, and of what the episodes tell, over all processes."""
+def log_line(line, episodes):
+    """A line of log.jsonl: `line`, and what the episodes tell, as means over all processes:
+    reward, success, turns, cut_answers (no end in max_new_tokens), truncated (by max_context) and
+    the world's counts per episode; the shares of episodes that were lost or have a skill
+    (skill_share), and of groups with equal rewards (zero_spread_groups), which teach nothing."""
     rewards = defaultdict(set)                 # of each task
     columns = defaultdict(list)
+    rows = [line]
     for t in episodes:
         row = dict(lost=math.isnan(t.reward), skill_share=t.skill is not None)
         if not row["lost"]:
@@ -1073,7 +1172,7 @@ def print_table(results):
 
 def look_inside(cfg):
     """Show an episode of the untrained player, and what student and teacher think at each turn."""
-    bank = json.loads((run_folder(cfg) / "bank.json").read_text())[0]
+    (bank,) = json.loads((run_folder(cfg) / "bank.json").read_text())
     if not bank:
         return
     task = max(bank, key=lambda x: bank[x][-1]["source_reward"])
@@ -1085,31 +1184,24 @@ def look_inside(cfg):
         sokoban_env.watch(t, SKILL_TEXT.format(**asdict(skill)), state.student, state.tokenizer)
 
 
-def parse_args(argv=None):
-    """What was typed, as a dict. The comments of the settings are their help texts."""
-    parser = argparse.ArgumentParser()
-    source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
-    for f in fields(Config):
-        comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +[A-Z]+)?$", source, re.MULTILINE)[1]
-        help_text = f"{comment} (default: {f.default!r})"
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), help=help_text,
-                            choices=get_args(f.type) or None, default=argparse.SUPPRESS)
-    return vars(parser.parse_args(argv))
-
-
-def main():
-    typed = parse_args()
-    asked = typed.pop("method", "skill_sd")
-    first = typed.pop("seed", 0)
-    names = METHODS if asked == "all" else ["base", *asked.split(",")]
+def plan(method="skill_sd", seed=0, **typed):
+    """{method: [Config of each seed]} of what was typed; base comes along. All are checked."""
+    names = METHODS if method == "all" else ["base", *method.split(",")]
     plans = {}
+    for name in names:
+        fixed = {} if name == method else METHODS.get(name, {})          # over what was typed
+        settings = {key: value for key, value in typed.items() if key not in fixed}
+        seeds = range(seed, seed + max(1, typed.get("seeds", 1)))
+        plans[name] = [configure(name, seed=each, **settings) for each in seeds]
+    return plans
+
+
+def main(argv=None):
+    """Run what the words of argv, or of the command line, ask for."""
+    typed = Config.parse_args(argv)
     try:
-        for method in names:                   # all are checked before one runs
-            fixed = {} if method == asked else METHODS.get(method, {})     # over what was typed
-            settings = {name: value for name, value in typed.items() if name not in fixed}
-            seeds = range(first, first + max(1, typed.get("seeds", 1)))
-            plans[method] = [configure(method, seed=seed, **settings) for seed in seeds]
-        cfg = plans[method][-1]
+        plans = plan(**typed)
+        cfg = plans[[*plans][-1]][-1]
         if RANKS > 1:
             if cfg.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1117,12 +1209,12 @@ def main():
         results = {method: [train(cfg) for cfg in runs] for method, runs in plans.items()}
         if RANK == 0:
             print_table(results)
-            if asked == "skill_sd" and cfg.model == "tiny" and RANKS == 1:
+            if typed.get("method", "skill_sd") == "skill_sd" and cfg.model == "tiny" and RANKS == 1:
                 look_inside(cfg)
         if RANKS > 1:
             time.sleep(0.1)                    # gloo's threads may hold tensors still
             torch.distributed.destroy_process_group()
-    except (ValueError, AssertionError, OSError, ImportError) as error:
+    except (UserError, OSError) as error:      # all others are bugs
         sys.exit(f"error: {error}")
 
 

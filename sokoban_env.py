@@ -16,23 +16,43 @@ room is (player, boxes): a cell, row * width + column, and a bit mask of cells.
 """
 import argparse
 import hashlib
+import importlib.util
+import inspect
+import json
 import math
+import numbers
 import os
 import random
 import re
+import runpy
 import shutil
 import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
+
+try:
+    import fcntl
+except ImportError:                          # Windows: two runs in one folder are not told
+    fcntl = None
 
 MOVES = ("up", "down", "left", "right")      # the order of every table below
 LETTERS = "UDLR"
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: a program tells it in one line, without a traceback."""
+
+
+def require(right, told):
+    """UserError with what is told unless something is right."""
+    if not right:
+        raise UserError(told)
 
 
 # ---- Levels --------------------------------------------------------------------------------------
@@ -306,7 +326,7 @@ def distances(level, max_moves=None, state_limit=2_000_000):
                     if (origin, pulled) not in found:
                         before[origin, pulled] = None
         if len(found) > state_limit:
-            raise ValueError(f"state_limit={state_limit} reached: this room has too many states; "
+            raise UserError(f"state_limit={state_limit} reached: this room has too many states; "
                              "use a smaller size, fewer boxes or a smaller max_moves")
         frontier, depth = list(before), depth + 1
     return found
@@ -347,17 +367,17 @@ def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude
     random rooms the states at one distance, drawn from [min_moves, max_moves], with no box on a
     goal. Equal arguments give equal lists on every machine."""
     if not 4 <= size <= 26 or boxes < 1 or 2 * boxes + 1 > (size - 2) ** 2:
-        raise ValueError(f"size={size}, boxes={boxes}: a room of that size (4 to 26, walls "
+        raise UserError(f"size={size}, boxes={boxes}: a room of that size (4 to 26, walls "
                          "included) must hold the player, the boxes and as many free goals")
     if not 1 <= min_moves <= max_moves:
-        raise ValueError(f"min_moves={min_moves}, max_moves={max_moves}: "
+        raise UserError(f"min_moves={min_moves}, max_moves={max_moves}: "
                          "1 <= min_moves <= max_moves")
     rng, levels, misses = random.Random(seed), [], 0
     seen = {canonical(level) for level in exclude}
     while len(levels) < n:
         misses += 1
         if misses > 2000:
-            raise ValueError(f"no further level with size={size}, boxes={boxes}, "
+            raise UserError(f"no further level with size={size}, boxes={boxes}, "
                              f"min_moves={min_moves}, max_moves={max_moves} in 2000 rooms "
                              f"(have {len(levels)} of n={n}): "
                              "widen the range of moves, enlarge the room or ask for fewer")
@@ -399,6 +419,38 @@ class Settings:
     timid: float = 0.65              # share of moves away from boxes in the play that `tiny` clones
     warm_demos: int = 24000          # games that the built-in model's warm start learns from
 
+    def check(self, name, right, remedy):
+        require(right, f"{name}={getattr(self, name)!r}: {remedy}")
+
+    def __post_init__(self):
+        """UserError unless each field has its type, is one of its choices, and finite; whole
+        numbers are at least 1 but for some."""
+        may_be_0 = "seed", "iterations", "sync_every", "evals"
+        above_0 = "temperature", "lam_until"
+        for f in fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            accepted = {int: int, float: (int, float), str: (str, Path)}[kind]
+            choices = get_args(f.type) or [value]
+            self.check(f.name, isinstance(value, accepted), f"must be of type {kind.__name__}")
+            self.check(f.name, value in choices, f"must be one of {choices}")
+            if kind is not str and not get_args(f.type) and value != f.default:
+                least = int(kind is int and f.name not in may_be_0)
+                self.check(f.name, least <= value < math.inf, f"must be finite, >= {least}")
+                self.check(f.name, value or f.name not in above_0, "must be above 0")
+            setattr(self, f.name, kind(value))                 # a Path becomes a str
+
+    @classmethod
+    def parse_args(cls, argv=None):
+        """What was typed, as a dict. The comments of the settings are their help texts."""
+        parser = argparse.ArgumentParser()
+        source = "".join(map(inspect.getsource, cls.__mro__[:-1]))
+        for f in fields(cls):
+            comment = re.search(rf"^    {f.name}: .*?  # (.*?)(  +[A-Z]+)?$", source, re.M)[1]
+            parser.add_argument(
+                "--" + f.name.replace("_", "-"), type=type(f.default), default=argparse.SUPPRESS,
+                choices=get_args(f.type) or None, help=f"{comment} (default: {f.default!r})")
+        return vars(parser.parse_args(argv))
+
 
 SYSTEM_PROMPT = """You are playing Sokoban. Push every box onto a goal.
 
@@ -439,12 +491,12 @@ def parse_action(text):
     The last <answer>...</answer> decides, or a tag that was not closed with its first line: by its
     first move if it holds nothing but moves, else by its last. Without a tag, the last of the four
     direction words decides. In any case."""
-    text = text.lower().rpartition("</think>")[2].partition("<think>")[0]    # no draft of a move
+    text = text.lower()
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
     if not tagged and "<answer>" in text:
         unclosed = text.strip().removesuffix("<answer>").rpartition("<answer>")[2]
-        tagged = [unclosed.strip().partition("\n")[0]]
+        tagged = [re.split(r"\n|</", unclosed.strip())[0]]      # a closing tag may have a slip
     said = tagged[-1] if tagged else text
     words = re.findall(r"(?<![a-z])(up|down|left|right)(?![a-z])", said)
     filler = ("up|down|left|right|then|and|push|move|go|first|next|step|the|box|to|it|once|twice|"
@@ -461,9 +513,9 @@ def shown(room):
 class SokobanEnv:
     """One level as a conversation: `reset`, then `step` with the model's text until done."""
 
-    def __init__(self, level, max_turns=40, system_prompt=SYSTEM_PROMPT):
+    def __init__(self, level, max_turns=40, system_prompt=SYSTEM_PROMPT, prefill=""):
         self.level, self.max_turns, self.task_id = level, max_turns, level.task_id
-        self.system_prompt = system_prompt
+        self.system_prompt, self.prefill = system_prompt, prefill
 
     def reset(self):
         """Start over. Returns the first observation (str)."""
@@ -498,11 +550,12 @@ class SokobanEnv:
 
 
 def make_world(cfg):
-    """An object with ids of tasks: train, the easiest first, and heldout; make_env(id), and levels.
-    Training, validation and test levels (cfg.split says which are held out) are disjoint up to
-    rotation and reflection. cfg.seed changes the training levels only."""
+    """A world: the ids of its tasks, train and heldout, make_env(id), an analyst
+    for summarizer="rules", and the levels that a warm start keeps away from. Training, validation
+    and test levels (cfg.split says which are held out) are disjoint up to rotation and
+    reflection. cfg.seed changes the training levels only."""
     if not 0 <= cfg.timid <= 1:
-        raise ValueError(f"timid={cfg.timid}: a share, from 0 to 1")
+        raise UserError(f"timid={cfg.timid}: a share, from 0 to 1")
     sets, levels = {}, []
     for name, n, seed in (("test", cfg.test_levels, 0), ("val", cfg.test_levels, 0),
                           ("train", cfg.train_levels, cfg.seed)):
@@ -512,12 +565,86 @@ def make_world(cfg):
     by_id = {level.task_id: level for level in levels}
     train = sorted(sets["train"], key=lambda level: level.moves)
     rules = "" if is_player(cfg.model) else SYSTEM_PROMPT      # it does not read English
+    no_room_to_think = rules and cfg.max_new_tokens <= 16
+    prefill = "<answer>" if no_room_to_think else ""                               # CHOICE
 
     def make_env(task_id):
-        return SokobanEnv(by_id[task_id], cfg.max_turns, rules)
+        return SokobanEnv(by_id[task_id], cfg.max_turns, rules, prefill)
     return SimpleNamespace(
         train=[level.task_id for level in train], levels=levels, make_env=make_env,
-        heldout=[level.task_id for level in sets[cfg.split]])
+        analyse=analyse, heldout=[level.task_id for level in sets[cfg.split]])
+
+
+# ---- What a world must offer, this one or another ------------------------------------------------
+def world_file(env):
+    """The file of a world, whose `env` is a module's name or a path to FILE.py; None if there is
+    none."""
+    if env.endswith(".py"):
+        return env if os.path.isfile(env) else None
+    try:
+        return importlib.util.find_spec(env).origin
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def load_world(cfg, least_heldout=1):
+    """What make_world(cfg) of the world cfg.env returns. UserError, before any minute is spent,
+    where it is not as the README's table "A world of your own" says."""
+    def need(thing, names, what):
+        for name in names.split():
+            require(hasattr(thing, name), f"env={cfg.env!r}: {what} has no `{name}`")
+    if cfg.env.endswith(".py"):
+        module = SimpleNamespace(**runpy.run_path(cfg.env, run_name=Path(cfg.env).stem))
+    else:
+        module = importlib.import_module(cfg.env)
+    need(module, "make_world", "the module")
+    world = module.make_world(cfg)
+    need(world, "train heldout make_env", "what make_world returns")
+    if cfg.summarizer == "rules" and cfg.skill_reader != "nobody":
+        need(world, "analyse", "the world, for summarizer='rules',")
+    for name, least in ("train", cfg.tasks_per_iteration), ("heldout", least_heldout):
+        ids = getattr(world, name)
+        require(isinstance(ids, list) and all(isinstance(x, str) for x in ids),
+                f"env={cfg.env!r}: world.{name}={ids!r:.99}: must be a list of str")
+        require(len(ids) >= least and len({*ids}) == len(ids),
+                f"env={cfg.env!r}: len(world.{name})={len(ids)}, {len({*ids})} of them different: "
+                f"must be all, and at least {least}" + " (tasks_per_iteration)" * (name == "train"))
+    for x in world.train[0], world.heldout[0]:
+        env, twin = world.make_env(x), world.make_env(x)
+        told = f"env={cfg.env!r}: make_env({x!r})"
+        need(env, "task_id system_prompt reset step completion close", "what make_env returns")
+        require(env.task_id == x, f"{told}.task_id is {env.task_id!r}: must be that of the task")
+        require(env is not twin, f"{told} returned one object twice: must be a new one each time")
+        text, other = env.reset(), twin.reset()
+        env.close()
+        twin.close()
+        require(isinstance(text, str), f"{told}.reset() returned {text!r:.99}: must be a str "
+                "(gymnasium's is a pair, observation and info)")
+        require(text == other, f"{told}: two of them begin with {text!r:.60} and {other!r:.60}: a "
+                "task must always begin in the same way")
+        require(not is_player(cfg.model) or share_read(text, cfg.size) > 0.4,
+                f"model={cfg.model!r}: the small player reads words of Sokoban only, not "
+                f"{text!r:.60}; give a chat model, --model NAME_OR_DIR")
+    return world
+
+
+def ask(env, name, *given, turn=0):
+    """env.name(*given), checked. An error of the world's own keeps its traceback, and its place."""
+    place = f"{type(env).__name__}.{name}, task {env.task_id!r}, turn {turn}:"
+    try:
+        answer = getattr(env, name)(*given)
+    except Exception as error:
+        raise RuntimeError(f"{place} {type(error).__name__}: {error}") from error
+    if name == "step":
+        is_pair = isinstance(answer, tuple) and len(answer) == 2
+        kinds = [type(x).__name__ for x in answer] if is_pair else []
+        require(kinds in (["str", "bool"], ["str", "bool_"]),
+                f"{place} returned {answer!r:.99}, not a pair of a str and a bool")
+    if name == "completion":
+        number = isinstance(answer, numbers.Real)
+        require(number and (0 <= answer <= 1 or math.isnan(answer)),
+                f"{place} returned {answer!r}, not a number from 0 to 1, or nan if it was lost")
+    return answer
 
 
 # ---- The analyst, and demonstrations to learn from -----------------------------------------------
@@ -624,7 +751,7 @@ def demonstrate(level, table, rng, timid, turns, noted, other):
 def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude=(), timid=0.65,
                    noted=0.75, per_room=8):
     """n games (see `demonstrate`) to warm-start a model on, in rooms that no level of `exclude`
-    has. ValueError if there is no such room."""
+    has. UserError if there is no such room."""
     def empty(room):
         return canonical(replace(room, boxes=0, player=-1))
     rng, games, taken, misses = random.Random(seed), [], {empty(level) for level in exclude}, 0
@@ -633,7 +760,7 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
         room = random_room(rng, size, boxes)
         misses += 1
         if misses > 2000:
-            raise ValueError(f"size={size}, boxes={boxes}: in 2000 rooms none is left for "
+            raise UserError(f"size={size}, boxes={boxes}: in 2000 rooms none is left for "
                              "demonstrations; enlarge the room or use fewer levels")
         if room is None or empty(room) in taken:
             continue
@@ -705,6 +832,14 @@ def tiny_tokenizer(size):
         additional_special_tokens=control[2:4], chat_template=TINY_TEMPLATE)
 
 
+def share_read(text, size):
+    """The share of a text's words that the player's tokenizer reads: about half of a room's."""
+    read = tiny_tokenizer(size).backend_tokenizer.encode(text, add_special_tokens=False)
+    words = re.compile(r"[^\W_]+")
+    known = sum(len(words.findall(text[start:end])) for start, end in read.offsets)
+    return known / max(1, len(words.findall(text)))
+
+
 def tiny_model(tokenizer, seed):
     """A stock Llama of 0.1 million parameters with fresh weights."""
     import torch
@@ -770,7 +905,7 @@ def warm_start(cfg, skill_text, world):
         time.sleep(0.1)                        # process 0 of torchrun makes it
     if folder.exists():
         return folder
-    exclude = world.levels
+    exclude = getattr(world, "levels", [])
     tokenizer = tiny_tokenizer(cfg.size)
     model = tiny_model(tokenizer, cfg.seed)
     data = encode_games(demonstrations(
@@ -805,6 +940,52 @@ def warm_start(cfg, skill_text, world):
                    f"%, KL(player || clone) {kl:.3f}")
     save_model(folder, model, tokenizer)
     return folder
+
+
+@contextmanager
+def locked(folder, rank=0):
+    """Process 0 has a folder for itself, which is made; another waits, and says so. The lock dies
+    with its process. What a process that was killed had not finished is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        if rank == 0 and fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process is at work in {folder}: waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for part in folder.glob("*.part"):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        yield
+
+
+def save(path, data):
+    """Replace a file by a finished temporary one, so that it is whole or absent: .pt by torch, else
+    JSON, or a list of lines of it (.jsonl)."""
+    import torch
+    part = path.with_name(path.name + ".part")
+    lines = data if path.suffix == ".jsonl" else [data]
+    try:
+        if path.suffix == ".pt":
+            torch.save(data, part)
+        else:
+            part.write_text("".join(json.dumps(x, default=vars) + "\n" for x in lines))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                   # torch's own, for a full disk
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error}; is the disk full?") from error
+
+
+def load(path):
+    """What `save` wrote. UserError if the file is damaged."""
+    import torch
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return json.loads(path.read_text())
+    except Exception as error:                 # a damaged pickle raises anything
+        raise UserError(f"{path} is damaged ({error!r:.99}); delete it, and the same command goes "
+                        "on from what is left") from error
 
 
 def save_model(folder, model, tokenizer):

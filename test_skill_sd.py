@@ -36,8 +36,9 @@ import sokoban_env
 from skill_sd import (Chat, Config, Skill, SkillBank, State, Trajectory, group_advantages,
                       grpo_loss, micro_batches, parse_skill, response_logps, rollout, sdl_loss,
                       token_mean)
-from sokoban_env import (BLOCKED, MOVES, NO_MOVE, SokobanEnv, canonical, distances, generate_levels,
-                         move_probs, parse_action, parse_level, room_in, solve, to_xsb)
+from sokoban_env import (BLOCKED, MOVES, NO_MOVE, SokobanEnv, UserError, canonical, distances,
+                         generate_levels, move_probs, parse_action, parse_level, room_in, solve,
+                         to_xsb)
 
 torch.set_num_threads(1)             # on tensors this small, threads only wait for each other
 HERE = Path(__file__).parent
@@ -71,7 +72,7 @@ def played(tiny, n=6, max_turns=4, skills=None, greedy=False, seed=1, **settings
 
 def smallest(out, **settings):
     """A Config that trains in seconds and comes back to its tasks."""
-    typed = skill_sd.parse_args([*SMALL, str(out), *"--warm-demos 800 --evals 0".split()])
+    typed = Config.parse_args([*SMALL, str(out), *"--warm-demos 800 --evals 0".split()])
     return Config(**typed | dict(iterations=4, save_every=10, sync_every=1) | settings)
 
 
@@ -296,14 +297,15 @@ def test_the_conversation_is_the_templates_own(spoken):
     control = {i for token, i in added.items() if token.strip() and token != "<|unk|>"}
     pieces = [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "<", ">",
               "|", " ", "\n", "\u2581", "e\u0301", "\ud800", "\x00", "user", "[", "<think>up"]
-    def control_ids(system, task, observation, *fields):
-        ids = chat.prompt(system, task, Skill(*fields)) + chat.next_turn(observation, 9)
+    def control_ids(task, observation, *fields):
+        ids = chat.prompt(RULES, task, Skill(*fields)) + chat.next_turn(observation, 9)
         return [i for i in ids if i in control]
     for _ in range(50):                        # no text can forge control tokens
-        texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(6)]
-        assert control_ids(*texts) == control_ids(*["x"] * 6), ascii(texts)
+        texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(5)]
+        assert control_ids(*texts) == control_ids(*["x"] * 5), ascii(texts)
         for text in texts:                     # no more than blanks have changed
-            assert chat.clean(text).replace(" ", "") == text.replace("\ud800", "?").replace(" ", "")
+            kept = "".join(text.replace("\ud800", "?").split())
+            assert "".join(chat.clean(text).split()) == kept
     skill = Skill("went up,  na\u00efve but fine " * 9, "none seen", "b2 up, b3 left")
     notes = skill_sd.SKILL_TEXT.format(**dataclasses.asdict(skill))
     assert Chat(tokenizer, "", 999).prompt(RULES, ROOM, skill) == whole(room=f"{notes}\n\n{ROOM}")
@@ -440,11 +442,32 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         assert [m["content"] for m in t.messages[::2]] == env.texts and t.turns == len(env.told) - 2
         assert [None, *(m["content"] for m in t.messages[1::2]), "closed"] == env.told
         assert t.counts.items() >= getattr(env, "counts", dict(truncated=0)).items()
-    for name, value in ("completion", ""), ("step", "up"), ("step", ("", 0, 1)), ("step", (1, 1)):
+    for name, value in (("completion", ""), ("completion", 20), ("completion", math.inf),
+                        ("step", "up"), ("step", ("", 0, 1)), ("step", ("", "False"))):
         broken = types.SimpleNamespace(**vars(world(["up"] * 2)) | {name: lambda *args: value})
-        told = pytest.raises(AssertionError, rollout, *tiny, [broken], cfg)
-        told.match(rf"SimpleNamespace.{name} returned .*, not a (number|str and a bool)$")
-    pytest.raises(KeyError, rollout, *tiny, [world(["up"], meet={}.popitem)], cfg)  # ends the run
+        told = pytest.raises(UserError, rollout, *tiny, [broken], cfg)
+        told.match(rf"SimpleNamespace.{name}, task 'up', turn 1: returned .*, not a (number|pair)")
+    broken = world(["up"], meet={}.popitem)                    # its own bug keeps its traceback
+    told = pytest.raises(RuntimeError, rollout, *tiny, [broken], cfg)
+    assert told.match("reset, task 'up', turn 0: KeyError") and told.value.__cause__.__traceback__
+
+
+@pytest.mark.parametrize("mark", ["<%sthink>", "[%sTHINK]", "<%sseed:think>", "<%sthought>",
+                                  "\u25c1%sthink\u25b7", "<%sreasoning>"])
+def test_no_world_plays_a_draft(mark, monkeypatch):
+    """Also where the marks are special tokens, which the transcript keeps, as others it does not."""
+    begin, end = mark % "", mark % "/"
+    tokenizer = sokoban_env.tiny_tokenizer(6)
+    tokenizer.add_tokens([AddedToken(x, special=True) for x in (begin, end)])
+    model, env = sokoban_env.tiny_model(tokenizer, 0), world(["up"] * 4)
+    said = [f"{begin}up{end}left<|end|>", f"down{begin}up", f"up{end}{begin}up{end}down<|end|>"]
+    answers = iter([tokenizer.encode(text) for text in said])
+    monkeypatch.setattr(skill_sd, "sample_answers",
+                        lambda *args: ([ids := next(answers)], [[0.0] * len(ids)]))
+    (t,) = rollout(model, tokenizer, [env], Config())
+    assert [x and x.strip() for x in env.told] == [None, "left", "down", "down", "closed"]
+    kept = [re.sub(" ", "", m["content"]) for m in t.messages[1::2]]
+    assert kept == [text.replace("<|end|>", "") for text in said]
 
 
 def one_step(model, batch, cfg, lr=0.0, teacher=None):
@@ -468,9 +491,10 @@ def test_sync_teacher(tiny, precision, low, high):
     cfg = Config(max_new_tokens=4, group_size=4, precision=precision, summarizer="self")
     def make_env(task):
         return world(["up", "down left", "up", task], next(rewards))
+    tasks = types.SimpleNamespace(make_env=make_env)
     for k, cfg.sync_every, synced in (0, 0, False), (1, 2, False), (2, 2, True):
         before = [vector(m.parameters()) for m in models]
-        batch, metrics = skill_sd.iteration(k, state, ["a", "b"], make_env, cfg)
+        batch, metrics = skill_sd.iteration(k, state, ["a", "b"], tasks, cfg)
         assert torch.equal(vector(teacher.parameters()), before[not synced])
         assert not torch.equal(vector(student.parameters()), before[0])
         assert (metrics["log_ratio"] == metrics["sdl_loss"] == 0.0) == synced
@@ -505,7 +529,8 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, twice, steps):
     logp, mask = response_logps(twin, batch, cfg, reader == "student")
     adv = torch.tensor([[t.adv] for t in batch])
     l = logp - skill_sd.score(teacher, batch, cfg)             # also without a skill
-    assert model.training == bool(twice) and not teacher.training
+    assert [name for name, m in model.named_modules() if m.training] == [
+        f"model.layers.{i}" for i in range(2 * twice)] and not teacher.training
     assert model.config.attention_dropout == model.config.resid_pdrop == 0
     pg = grpo_loss(logp, old, adv[:, 0], mask, 0.2, 0.28)
     sdl, rho_1 = (sdl_loss(logp, logp - l, below, mask) for below in (old, logp.detach()))
@@ -536,7 +561,7 @@ def test_updates_are_clipped_and_stop_at_what_is_not_finite(tiny):
     sgd = torch.optim.SGD(model.parameters())
     for lam, teacher, told in (1.0, 800.0, "'sdl_loss': inf"), (1e300, -1.0, "'grad_norm': nan"):
         given = model, sgd, [batch], [torch.full_like(logp, teacher)], lam, cfg
-        pytest.raises(AssertionError, skill_sd.update, *given).match(told)
+        pytest.raises(UserError, skill_sd.update, *given).match(told)
     assert torch.equal(vector(model.parameters()), before)
 
 
@@ -590,17 +615,18 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     assert written == [(task, skill, reward) for (_, task, skill, reward), _ in calls["add"]]
     scored = sum([logps for (_, _, _, logps, *_), _ in calls["update"]], [])
     assert len(scored) == (2 if falls else 4 * taught)
-    assert [(args[0], id(x)) for args, x in calls["score"]] == [
-        (state.teacher, id(x)) for x in scored]
+    assert [id(x) for args, x in calls["score"] if args[0] is state.teacher] == [
+        id(x) for x in scored]
     assert [(args[6], {t.skill for t in out}) for args, out in calls["rollout"][4:]] == [
         (False, {None}), (True, {None})]       # the held-out tasks, sampled and greedy
     assert result["sampled"][:2] == result["greedy"][:2] == [0.1, 0.0]
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    *lines, last = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    assert last == dict(iteration=4, heldout_sampled=result["curve"][-1][1],
+                        heldout_greedy=sum(x == 1 for x in result["greedy"]) / 8)
     assert [(x["lost"], x["zero_spread_groups"], x["lam"]) for x in lines] == [
         (5 / 12, 0, cfg.lam_at(k)) for k in range(4)]
     assert [(x["skill_share"] > 0, x.get("sdl_loss", 0) > 0) for x in lines] == [
         (k > 0 and writes, k > 0 and taught and not (k > 1 and falls)) for k in range(4)]
-    assert lines[1].get("ucb_decided", 0) == 0 and ("ucb_decided" in lines[2]) == writes
     assert all(math.isfinite(x) for line in lines for x in line.values())
     assert skill_sd.train(cfg) == result and len(calls["rollout"]) == 6
     assert skill_sd.run_folder(dataclasses.replace(cfg, save_every=99)) == folder    # may change
@@ -620,18 +646,15 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
         assert turns
 
 
-def test_pick_tasks_opens_the_list_from_its_easy_end(monkeypatch):
-    cfg, tasks = Config(tasks_per_iteration=4, iterations=40, curriculum=0.5), range(40)
-    for k, last in ((0, 9), (10, 24), (20, 39), (39, 39)):
-        picks = [{*skill_sd.pick_tasks(tasks, dataclasses.replace(cfg, seed=seed), k)}
-                 for seed in range(60)]
-        assert (min(set.union(*picks)), max(set.union(*picks))) == (0, last)
-        assert all(len(pick) == 4 for pick in picks)
-    assert skill_sd.pick_tasks(tasks, cfg, 38) != skill_sd.pick_tasks(tasks, cfg, 39)
+def test_pick_tasks_is_random_and_without_repeats(monkeypatch):
+    cfg, tasks = Config(tasks_per_iteration=4), range(9)
+    picks = [skill_sd.pick_tasks(tasks, cfg, k) for k in range(40)]
+    assert all(len({*pick}) == 4 for pick in picks) and {*sum(picks, [])} == {*tasks}
+    assert skill_sd.pick_tasks(tasks, dataclasses.replace(cfg, seed=1), 0) != picks[0]
     monkeypatch.setattr(skill_sd, "RANKS", 2)                  # two processes: every other task
     monkeypatch.setattr(skill_sd, "RANK", 1)
     pick = {*skill_sd.pick_tasks(tasks, cfg, 0)}
-    assert len(pick) == 2 and pick <= {1, 3, 5, 7, 9}
+    assert len(pick) == 2 and pick <= {1, 3, 5, 7}
 
 
 def test_skills_that_are_shown_are_own_others_empty_or_borrowed():
@@ -659,9 +682,7 @@ def test_skills_that_are_shown_are_own_others_empty_or_borrowed():
 
 # ---- Processes: killed, and more than one --------------------------------------------------------
 def main(*words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["skill_sd.py", *words])
-        skill_sd.main()
+    skill_sd.main(words)
 
 
 def test_killed_runs_and_runs_that_share_a_folder_end_as_one_alone(tmp_path):
@@ -695,11 +716,11 @@ def test_killed_runs_and_runs_that_share_a_folder_end_as_one_alone(tmp_path):
         assert {(twin / name).read_bytes() for twin in twins} == {(folder / name).read_bytes()}
     logs = {re.sub('"seconds.*?, ', "", (each / "log.jsonl").read_text())
             for each in (folder, *twins)}
-    assert len(logs) == 1 and (log := logs.pop()).count("\n") == 6
-    assert {path.parts[len(tmp_path.parts)] for path in tmp_path.rglob("*.part*")} == {killed}
+    assert len(logs) == 1 and (log := logs.pop()).count("\n") == 7
+    assert not [*tmp_path.rglob("skill_sd-*/*.part")]
     *curve, (last, _) = json.loads((folder / "result.json").read_text())["curve"]
     lines = map(json.loads, log.splitlines())
-    assert last == 6 and curve == [[k, x["heldout_sampled"]] for k, x in enumerate(lines)]
+    assert last == 6 and curve == [[k, x["heldout_sampled"]] for k, x in enumerate(lines)][:6]
 
 
 def torchrun(code, n, *args):
@@ -717,7 +738,7 @@ def update_my_share(folder):
     batch, cfg = played((model, tokenizer), 8, skills=SKILLS * 4, lam=0.5, micro_batch_tokens=200)
     metrics, gradient = one_step(model, batch[skill_sd.RANK::skill_sd.RANKS], cfg, 0.0, teacher)
     means = torch.tensor([[*row.values()] for row in skill_sd.gather(metrics)]).mean(0)
-    skill_sd.write(Path(folder, f"update-{skill_sd.RANKS}.pt"), (gradient, means))
+    skill_sd.save(Path(folder, f"update-{skill_sd.RANKS}.pt"), (gradient, means))
 
 
 def test_two_processes_are_one(tmp_path):
@@ -764,9 +785,9 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     calls = recorded(monkeypatch, skill_sd, "rollout", "ask_student")
     monkeypatch.setattr(skill_sd, "parse_skill", lambda text: text[:22])    # it cannot write yet
     monkeypatch.setattr(tiny[0].config, "max_position_embeddings", 4096)
-    found = skill_sd.summarize(batch, *tiny, cfg, torch.Generator().manual_seed(0))
-    begun = '{"success_analysis": "'
-    assert found == [(batch[0], begun), (batch[1], ""), (batch[2], begun)]
+    state = State(tiny[0], None, None, None, tiny[1], torch.Generator().manual_seed(0))
+    (_, one), (_, long), (_, other) = skill_sd.summarize(batch, state, None, cfg)
+    assert one == other == '{"success_analysis": "' and re.match(r"\[\d+ tokens of transc", long)
     (((_, _, envs, own, _), episodes),), (((texts, *_), _),) = calls.values()
     assert (own.max_new_tokens, own.temperature, own.max_context) == (5, 0.6, 4096)
     assert [(t.messages[0]["content"], env.system_prompt) for t, env in zip(episodes, envs)] == [
@@ -820,12 +841,12 @@ def test_server_writes_after_the_update(tmp_path, monkeypatch, capsys):
         ("thinking", SAID.replace("up", "down")), ("text", SAID[:9]), ("text", SAID[9:]))]
     script = [(503, ""), (429, ""), (200, {"choices": [{"message": {"content": parts}}]})]
     with serving(lambda number: script[number - 1]) as (cfg.summarizer, asked):
-        assert skill_sd.summarize(batch, None, None, cfg, None) == [(batch[0], SKILLS[0])]
+        assert skill_sd.summarize(batch, None, None, cfg) == [(batch[0], SKILLS[0])]
     assert waits == [1, 4] and capsys.readouterr().out == ""
     for bad in ((401, "no such user: secret"), (200, math.nan), (204, ""), (200, {"choices": []}),
                 (200, {"error": "busy"}), (200, {"choices": [{"message": {"content": None}}]})):
         with serving(lambda number: bad) as (cfg.summarizer, asked):
-            assert skill_sd.summarize(batch * 3, None, None, cfg, None) == []
+            assert skill_sd.summarize(batch * 3, None, None, cfg) == []
             (line,) = capsys.readouterr().out.splitlines()     # one, whatever many skills it cost
             assert str(bad[0]) in line or json.dumps(bad[1] or "") in line or bad[0] == 204
             assert "secret" not in line and len(asked) == 9
@@ -837,7 +858,7 @@ def test_server_writes_after_the_update(tmp_path, monkeypatch, capsys):
             assert len(asked) == 3             # none of them was waited for
     for key in ("", "secret", "secret\nsecret", "secret\u2026"):       # the server is gone
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        assert skill_sd.summarize(batch, None, None, cfg, None) == []
+        assert skill_sd.summarize(batch, None, None, cfg) == []
     told = capsys.readouterr().out
     assert told.count("refused") == 2 and "secret" not in told and r"\x00" not in told
 
@@ -872,15 +893,12 @@ def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path
     """A model that the cache does not hold, or is too short; a template that changes with turns."""
     tokenizer, form, lost = copy.deepcopy(tiny[1]), template(*CHATML), "a text is changed or lost"
     tokenizer.save_pretrained(tmp_path)
-    for name, settings, message in ( ("Mamba", dict(state_size=4), "cache"), ("Llama",
-            dict(max_position_embeddings=1000), "max_context=1024"), ("Llama",
-            dict(layer_types=["linear_attention", "full_attention"]), "cache"), ("Llama",
-            dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "cache")):
+    for name, settings, message in (("Mamba", dict(state_size=4), "cannot be"), ("Llama",
+            dict(max_position_embeddings=1000), "max_context=1024")):
         transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(
             num_attention_heads=4, hidden_size=32, vocab_size=len(tokenizer), num_hidden_layers=2,
             **settings)).save_pretrained(tmp_path)
-        told = pytest.raises((ValueError, AssertionError), skill_sd.load_model,
-                             Config(model=str(tmp_path)), None)
+        told = pytest.raises(UserError, skill_sd.load_model, Config(model=str(tmp_path)), None)
         assert message in str(told.value) and str(tmp_path) in str(told.value)
     for tokenizer.chat_template, reason in (
             (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
@@ -894,7 +912,7 @@ def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path
         "lr=inf", "lam=nan", "seed=-1", "max_turns=0", "group_size=1", "temperature=0.0",
         "tasks_per_iteration=5", "max_context=200", "timid=1.5", "lam_until=0.0", "evals=-1")),
     ("--actor teacher --skill-reader nobody", "skill_reader='nobody'"),
-    ("--env appworld_adapter --summarizer rules", "summarizer='rules'"),
+    ("--env argparse", "env='argparse': the module has no `make_world`"),
     ("--summarizer http://x", "summarizer_model=''"), ("--summarizer https//x", "='https//x'"),
     ("--help", f"(default: {Config().summary_tokens})"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
@@ -903,7 +921,8 @@ def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path
     *[("--device cuda", "device='cuda': no GPU is found")] * (not torch.cuda.is_available()),
     ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
     ("--model no/such", "'no/such' cannot be loaded"), ("--out /dev/null/x", "/dev/null"),
-    ("--env no_such_world --summarizer self", "No module named 'no_such_world'"),
+    ("--env no_such_world", "env='no_such_world': no such file, no module"),
+    ("--env no/such.py", "env='no/such.py': no such file"),
     ("--tasks-per-iteration 6 --train-levels 5", "len(world.train)=5")])
 def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(skill_sd, "RANKS", 2 - bool(re.search("out|env|6|--model|timid", words)))
@@ -915,7 +934,7 @@ def test_wrong_settings_are_refused_by_name(words, told, monkeypatch, capsys, tm
 
 
 def test_a_method_stands_over_what_is_typed_and_that_over_a_preset(tmp_path):
-    configure, parse_args = skill_sd.configure, skill_sd.parse_args
+    configure, parse_args = skill_sd.configure, Config.parse_args
     assert parse_args("--max-turns 7 --lr 1e-5".split()) == dict(max_turns=7, lr=1e-5)
     assert configure(**parse_args([])) == configure() == Config()
     assert all(configure(preset=name) for name in skill_sd.PRESETS)
@@ -975,7 +994,7 @@ def test_the_file_is_in_the_order_that_it_promises():
     assert len(named) > 7 and all(fnmatch.filter(globals(), pattern) for pattern in named)
     part_1, _ = inspect.getsource(skill_sd).split("# ==== Part II:")
     lines, first = inspect.getsourcelines(skill_sd.iteration)
-    assert len(lines) <= 50 and first + len(lines) <= part_1.count("\n") < 352
+    assert len(lines) <= 50 and first + len(lines) <= part_1.count("\n") < 362
     imported = re.findall(r"^ *(?:import|from) (\w+)", inspect.getsource(sokoban_env), re.MULTILINE)
     assert "torch" in imported and not {*imported} & {path.stem for path in HERE.glob("*.py")}
 
@@ -996,10 +1015,11 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
         return (model + ("What worked" in prompt) * torch.arange(5)).log_softmax(-1)[y]
     def your_loss(logp, old, rewards, mask):
         return names["grpo_loss"](logp, old, names["group_advantages"](rewards, 2), mask, 0.2, 0.28)
-    names = dict(json=json, math=math, re=re, torch=torch, asdict=dataclasses.asdict,
+    names = dict(THINKING=skill_sd.THINKING, json=json, math=math, re=re, torch=torch, asdict=dataclasses.asdict,
                  dataclass=dataclasses.dataclass, SKILL_TEXT=skill_sd.SKILL_TEXT, model=model,
                  tasks=[("t", "go")] * 3, sample=sample, score=score, your_loss=your_loss)
-    for part in (token_mean, sdl_loss, group_advantages, grpo_loss, Skill, parse_skill, SkillBank):
+    for part in (token_mean, sdl_loss, group_advantages, grpo_loss, Skill, skill_sd.spoken,
+                 parse_skill, SkillBank):
         exec(inspect.getsource(part), names)
     exec(code, names)
     assert names["bank"].select("t")["picks"] == 2 and model.grad[0] != 0
@@ -1040,7 +1060,7 @@ def test_environment_reads_tolerantly_counts_and_ends():
             ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3), ("<answer>up then left", 0),
             ("<answer>not up but left</answer>", 2), ("<answer>up<answer>", 0),
             ("so <answer>up\nnot left", 0), ("<answer>1. up, 2. left</answer>", 0),
-            ("<answer>up</answer></think>move_left", 2), ("<think>up", None),
+            ("<answer>left</anwser> since it is on the right", 2),
             ("<answer>right (push the box to e4), down</answer>", 3)):
         assert parse_action(text) == move
     env = SokobanEnv(parse_level("#######\n#@ $.*#\n#######"), max_turns=5)
@@ -1209,8 +1229,7 @@ def test_appworld_finds_the_blocks_and_cuts_the_output():
             ("so:\n```python \r\na\n```  \nthen\n```python\nb\n```", ["a\n", "b\n"]),
             ("```python\nprint(1)\n", []), ("```python\nx = '```\n'\n```", ["x = '```\n'\n"]),
             (f"{code} Done.", ["a\n"]), ("1. so\n   ```python\n   a\n     b\n   ```", ["a\n  b\n"]),
-            (f"<think>\n{code}", []), (f"<think>{code}</think>{code[:-5]}b\n```", ["b\n"]),
-            (f"{code}<think>", ["a\n"]), (f"[THINK]{code}[/THINK]{code}", ["a\n"])):
+            (f"{code}\n{code[:-5]}b\n```", ["a\n", "b\n"])):
         assert appworld_adapter.code_blocks(text) == blocks
     assert appworld_adapter.cut("abcdefg", 7) == "abcdefg"
     assert appworld_adapter.cut("abcdefghij", 5) == "abc\n[... 5 characters cut here ...]\nij"

@@ -37,7 +37,7 @@ def runs(method, typed):
 
 
 def main():
-    typed = skill_sd.parse_args()
+    typed = skill_sd.Config.parse_args()
     names = typed.pop("method", "skill_sd").split(",")
     found = {name: [result["curve"] for result in runs(name, typed)] for name in ["grpo", *names]}
     halves = [curve[-1][1] / 2 for curve in found["grpo"]]

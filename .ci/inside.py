@@ -93,7 +93,7 @@ def look(state, world, cfg, k, n=64, group=8):
 
 
 def main():
-    typed = skill_sd.parse_args()
+    typed = skill_sd.Config.parse_args()
     cfg = skill_sd.configure(typed.pop("method", "skill_sd"), **typed)
     with tempfile.TemporaryDirectory() as folder:
         warm = sokoban_env.player_folder(cfg, skill_sd.SKILL_TEXT)

@@ -30,7 +30,7 @@ METHODS = "base", "grpo", "skill_sd"
 
 
 def main():
-    typed = skill_sd.parse_args()
+    typed = skill_sd.Config.parse_args()
     typed.pop("method", None)
     found = {point: [runs(method, dict(preset="scarce") | settings | typed) for method in METHODS]
              for point, settings in POINTS.items()}

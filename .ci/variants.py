@@ -94,7 +94,7 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in variants:
         sys.exit(f"usage: variants.py {'|'.join(variants)} [settings of skill_sd.py]")
     name = sys.argv.pop(1)
-    out = Path(skill_sd.parse_args().get("out", "runs"))
+    out = Path(skill_sd.Config.parse_args().get("out", "runs"))
     folder = out / "variants" / name
     folder.mkdir(parents=True, exist_ok=True)
     for warm in out.glob("warm-start-????????????"):           # those that are there are shared
