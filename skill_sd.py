@@ -170,11 +170,11 @@ class Trajectory:
 
 
 # ---- The losses: pure functions of tensors (B, T), to be lifted into any trainer -----------------
-# Score with dropout off, or with the same in all passes: else no two log-probs belong together.
-# Under gradient accumulation pass `n`, the number of action tokens of the whole batch.
+# Needed of a trainer: log-probs of one policy (dropout off, or the same in every pass); under
+# gradient accumulation `n`, the number of action tokens of the whole batch.
 def token_mean(values, mask, n=None):
-    """1/N sum of values (B, T) over the N tokens where mask is set; `n` stands for N where this is
-    a part of a batch: then values and gradients of the parts add up. Needs: torch."""
+    """1/N sum of values (B, T) over the N tokens where mask is set. For a part of a batch, pass the
+    whole batch's N as `n`: then values and gradients of the parts add up. Needs: torch."""
     if n is None:
         n = mask.sum().clamp(min=1)
     return torch.where(mask.bool(), values, 0.0).sum() / n
@@ -208,9 +208,9 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
 
 def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
     """1/N sum rho * k3, k3 = exp(-l) - 1 + l: the importance-weighted reverse KL to the teacher.
-    All (B, T), else ValueError; padding may hold anything. For tokens of pi_old, the gradient at
-    a fixed prefix is on average KL(student || teacher)'s, at every theta: rho is differentiated too
-    (detached, it would be that of KL(teacher || student) at theta_old):
+    All (B, T), else ValueError; padding may hold anything. For tokens that pi_old sampled, the
+    expected gradient at a fixed prefix is that of KL(student || teacher), for every theta, as rho
+    is differentiated too (detached, it would be that of KL(teacher || student) at theta_old):
         d(rho * k3) / dlogp_student = rho * l
     Example, rho = 1 and l = -1, 0, 1: loss (0.718 + 0 + 0.368) / 3, gradient [-1/3, 0, 1/3].
     Returns float64, as exp(-l) soon overflows float32. Needs: torch, token_mean."""
@@ -261,10 +261,7 @@ def update(student, optimizer, parts, teacher_logps, lam, cfg):
     """Minimise Eq. 14 over the parts of a batch. Returns metrics. If there is one step, then r =
     rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
     rewards every token by how much likelier the teacher finds it."""
-    student.eval()                             # the policy that sampled: no noise
-    for layer in student.modules():            # these compute twice in train mode alone
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = bool(cfg.gradient_checkpointing)
+    update_mode(student, cfg)                  # no noise: the policy that sampled
     n_tokens = sum(sum(t.mask) for part in parts for t in part)                      # N
     n_tokens = np.mean(gather(n_tokens))       # mean over the processes, as gradients are averaged
     reads_skill = cfg.skill_reader == "student"                # an ablation
@@ -463,6 +460,14 @@ class Chat:
 def autocast(model, cfg):
     """bfloat16 activations, if that is the precision; the weights are float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
+
+
+def update_mode(model, cfg):
+    """Evaluation mode, but for layers that are to be computed twice: they do so in train mode."""
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = bool(cfg.gradient_checkpointing)
 
 
 def logits_at(positions, model):

@@ -157,6 +157,19 @@ def test_update_is_a_dense_reward_in_one_step():
     assert (logp.grad + mask * (adv[:, None] - 0.7 * (old - teacher)) / 5).abs().max() < 1e-7
 
 
+@pytest.mark.parametrize("wrong", ["old", "teacher", "adv", "mask", "all"])
+def test_losses_refuse_what_would_broadcast(wrong):
+    given = {x: torch.ones(2, 3) for x in ("old", "teacher", "mask")} | dict(adv=torch.ones(2))
+    given |= {wrong: torch.ones(2, 1)} if wrong != "all" else {x: torch.ones(3) for x in given}
+    logp, losses = torch.ones(2, 3) if wrong != "all" else torch.ones(3), []
+    if wrong != "teacher":
+        losses.append((grpo_loss, logp, given["old"], given["adv"], given["mask"], 0.2, 0.2))
+    if wrong != "adv":
+        losses.append((sdl_loss, logp, given["teacher"], given["old"], given["mask"]))
+    for loss, *args in losses:
+        pytest.raises(ValueError, loss, *args).match(r"shapes=.*\(B, T\)")
+
+
 # ---- Skills and bank -----------------------------------------------------------------------------
 def test_parse_skill_forgives_what_surrounds_it_and_refuses_what_is_none():
     fields = dict(success_analysis=" a ", mistake_analysis="b", golden_workflow="c {d}")
@@ -212,6 +225,11 @@ def test_ucb_by_hand():
         assert [e["skill"] for e in small.entries["t"]] == held
         for i, credit in credited:
             small.credit(small.entries["t"][i], credit)
+    for reward in math.nan, torch.tensor(math.inf):            # a tensor is fine, if it is finite
+        pytest.raises(AssertionError, bank.credit, first, reward).match("reward=")
+        pytest.raises(AssertionError, bank.add, "t", c, reward).match("reward=")
+    bank.credit(first, torch.tensor(0.5))
+    assert (first["picks"], first["reward_sum"]) == (6, pytest.approx(1.6))
 
 
 # ---- Prompts, of templates and tokenizers as real models have them -------------------------------
@@ -455,15 +473,14 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
 @pytest.mark.parametrize("mark", ["<%sthink>", "[%sTHINK]", "<%sseed:think>", "<%sthought>",
                                   "\u25c1%sthink\u25b7", "<%sreasoning>"])
 def test_no_world_plays_a_draft(mark, monkeypatch):
-    """Also where the marks are special tokens, which the transcript keeps, as others it does not."""
+    """Also where the marks are special tokens: the transcript keeps these, and no others."""
     begin, end = mark % "", mark % "/"
     tokenizer = sokoban_env.tiny_tokenizer(6)
     tokenizer.add_tokens([AddedToken(x, special=True) for x in (begin, end)])
     model, env = sokoban_env.tiny_model(tokenizer, 0), world(["up"] * 4)
     said = [f"{begin}up{end}left<|end|>", f"down{begin}up", f"up{end}{begin}up{end}down<|end|>"]
     answers = iter([tokenizer.encode(text) for text in said])
-    monkeypatch.setattr(skill_sd, "sample_answers",
-                        lambda *args: ([ids := next(answers)], [[0.0] * len(ids)]))
+    monkeypatch.setattr(skill_sd, "sample_answers", lambda *_: ([next(answers)], [[0.0]]))
     (t,) = rollout(model, tokenizer, [env], Config())
     assert [x and x.strip() for x in env.told] == [None, "left", "down", "down", "closed"]
     kept = [re.sub(" ", "", m["content"]) for m in t.messages[1::2]]
@@ -633,6 +650,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     bank = state.bank.entries                  # the checkpoint's is equal, and another
     assert skill_sd.resume(folder, state) == lines and calls["load"][0][0][1:] == ("cpu", True)
     assert state.bank.entries == bank is not state.bank.entries and bool(written) == writes
+    assert f"finished: read {folder}" in capsys.readouterr().out
     again = skill_sd.configure("base", model=str(folder / "student"), out=cfg.out, device="cpu")
     assert again == smallest(cfg.out, method="base", iterations=0, model=again.model)    # its own
     assert skill_sd.train(again) == result | dict(curve=[(0, result["curve"][0][1])])
@@ -999,30 +1017,97 @@ def test_the_file_is_in_the_order_that_it_promises():
     assert "torch" in imported and not {*imported} & {path.stem for path in HERE.glob("*.py")}
 
 
+def python_of_readme():
+    return re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
 def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
-    """The README's loop runs, and its trainer, as it stands among these pieces, a few imports and
+    """The README's loops run, and its trainer as it stands among these pieces, a few imports and
     nothing else: it moves a policy of five tokens to the teacher."""
     monkeypatch.chdir(tmp_path)
     runpy.run_path(skill_sd.__file__)                          # importing prints and trains nothing
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
-    loop, code = re.findall("```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    exec(re.sub("cfg = .*", "", loop), dict(skill_sd=skill_sd, cfg=smallest(tmp_path.parent)))
+    entry, loop, _, line, code = python_of_readme()
+    cfg = smallest(tmp_path.parent)
+    exec(re.sub("cfg = .*|from .*", "", entry), dict(cfg=cfg, train=skill_sd.train))
+    exec(re.sub("cfg = .*", "", loop), dict(skill_sd=skill_sd, cfg=cfg))
     model, y = torch.zeros(5, requires_grad=True), torch.tensor([[0, 1], [2, 3]])
     def sample(model, prompt):
-        names["bank"].add("t", names["parse_skill"](SAID))
-        return y, torch.ones(2, 2), score(model, prompt, y).detach(), torch.tensor([0.0, 1.0])
+        old = score(model, prompt, y).detach()
+        return y, torch.ones(2, 2), old, torch.tensor([0.0, 1.0]), "ab"
     def score(model, prompt, y):               # who reads a skill prefers late tokens
         return (model + ("What worked" in prompt) * torch.arange(5)).log_softmax(-1)[y]
     def your_loss(logp, old, rewards, mask):
         return names["grpo_loss"](logp, old, names["group_advantages"](rewards, 2), mask, 0.2, 0.28)
-    names = dict(THINKING=skill_sd.THINKING, json=json, math=math, re=re, torch=torch, asdict=dataclasses.asdict,
-                 dataclass=dataclasses.dataclass, SKILL_TEXT=skill_sd.SKILL_TEXT, model=model,
-                 tasks=[("t", "go")] * 3, sample=sample, score=score, your_loss=your_loss)
+    names = dict(THINKING=skill_sd.THINKING, json=json, math=math, re=re, torch=torch, model=model,
+                 asdict=dataclasses.asdict, dataclass=dataclasses.dataclass, sample=sample,
+                 SKILL_TEXT=skill_sd.SKILL_TEXT, tasks=[("t", "go")] * 3, score=score,
+                 your_loss=your_loss, write_up=lambda text: SAID)
     for part in (token_mean, sdl_loss, group_advantages, grpo_loss, Skill, skill_sd.spoken,
                  parse_skill, SkillBank):
         exec(inspect.getsource(part), names)
-    exec(code, names)
+    exec(re.sub("from skill_sd .*", "", code), names)
     assert names["bank"].select("t")["picks"] == 2 and model.grad[0] != 0
+    adv, old, taught = torch.ones(2), score(model, "", y), score(model, "What worked", y)
+    told = dict(adv=adv, lam=0.5, logp_old=old, logp_teacher=taught)
+    exec(line, told)                           # the gradient of both losses in the first step
+    for loss in (grpo_loss(old, old.detach(), adv, torch.ones(2, 2), 0.2, 0.2) + 0.5 * sdl_loss(
+            old, taught, old.detach(), torch.ones(2, 2)), -(told["adv"].detach() * old).mean()):
+        model.grad = torch.autograd.grad(loss, model, retain_graph=True)[0] - (
+            0 if loss.dtype == torch.float64 else model.grad)
+    assert model.grad.abs().max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """The folder of a small model with random weights that follows a chat template."""
+    folder, tokenizer = tmp_path_factory.mktemp("chat"), Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([RULES], trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=ByteLevel.alphabet()))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template(*CHATML))
+    tokenizer.save_pretrained(folder)
+    sokoban_env.tiny_model(tokenizer, 0).save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')     # cannot be saved
+    return folder
+
+
+@pytest.mark.parametrize("old, new, told", [
+    ("", "", ""), ("=ids[1::2]", "=range(9)", "world.heldout=range(0, 9): must be a list of str"),
+    ('return "It is a', 'return 1, "It is a', "must be a str (gymnasium's is a"),
+    ('return "It is a', 'return str(id(self)) + "It is a', "begin in the same way"),
+    ("= task_id, int", "= 'x', int", "task_id is 'x': must be that of the task"),
+    ("make_env=Guess", "make_env=lambda x, e=Guess('number 1'): e", "one object twice"),
+    ("analyse=analyse", "", "no `analyse`"), ("def close", "def end", "no `close`"),
+    ("def make_world", "def make", "no `make_world`"), ("30", "x = 1 / 0", "ZeroDivisionError"),
+    ("said = re", "assert 0, re", "Guess.step, task 'number")])
+def test_the_worlds_of_others(old, new, told, tmp_path, chat_model, capsys):
+    """The README's is played, learnt from, and its edits make another run. Wrong ones are told."""
+    path = tmp_path / "guess.py"
+    text = python_of_readme()[2].replace(old, new) if old != "30" else f"{new}\n"
+    path.write_text(text)
+    words = ("--max-new-tokens 4 --iterations 2 --tasks-per-iteration 15 --group-size 2 --device "
+             "cpu --precision float32 --summarizer rules --save-every 1 --env")
+    words = [*words.split(), str(path), "--out", str(tmp_path)]
+    if told:
+        raised = SystemExit if "env=" in told or told[0].islower() else Exception      # a traceback
+        end = pytest.raises(raised, main, *words, "--model", str(chat_model))
+        assert told in end.exconly()
+        return
+    main(*words, "--model", str(chat_model))
+    path.write_text(text + "\n")
+    main(*words, "--model", str(chat_model))
+    out = capsys.readouterr().out
+    assert "20 held-out tasks" in out and "no skill was ever shown" not in out
+    banks = [json.loads(x.read_text()) for x in tmp_path.glob("skill_sd*/bank.json")]
+    assert len(banks) == 2 and banks[0] == banks[1]
+    for bank in banks[0]:
+        for entry in bank.values():
+            assert entry[0]["skill"]["golden_workflow"].startswith("At the end it said My guess: ")
+    with pytest.raises(SystemExit, match="reads words of Sokoban only"):
+        main(*words)
 
 
 # ---- Sokoban, hostile text -----------------------------------------------------------------------
