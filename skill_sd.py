@@ -376,7 +376,7 @@ class Chat:
             self.before_system, self.before_user = pieces[:2]
         except UserError:                      # no system role: its text goes above the task
             pieces = self.cut("user", "assistant", "user")
-            self.before_system, self.before_user = pieces[0], "\n\n"
+            self.before_system, self.before_user = None, pieces[0]
         self.after_answer, generation_prompt = pieces[-2:]
         self.opening = generation_prompt + prefill
         self.prefill = prefill                 # what every answer begins with, unsampled
@@ -404,7 +404,7 @@ class Chat:
         for i, mark in enumerate(marks):       # some templates trim contents, others do not
             if f"   {mark}   " in text:
                 marks[i] = f"   {mark}   "
-        self.trims = marks[-1][0] != " "
+        self.trim = str if marks[-1][0] == " " else str.strip
         any_mark = "|".join(marks)
         pieces = re.split(any_mark, text)
         complete = re.findall(any_mark, text) == marks
@@ -417,8 +417,6 @@ class Chat:
     def clean(self, text):
         """The text with a blank in each control token, so that it can inject no turn."""
         text = text.encode("utf-8", "replace").decode()        # a lone surrogate has no encoding
-        if self.trims:
-            text = text.strip()
         while True:                            # by ids: a normalizer may spell them otherwise
             encoded = self.backend.encode(text, add_special_tokens=False)
             found = [x for x, i in zip(encoded.offsets, encoded.ids) if i in self.control]
@@ -437,20 +435,25 @@ class Chat:
 
     def prompt(self, system, task, skill=None):
         """Ids up to the first answer: with `skill` the teacher's, without it the student's."""
-        head = self.before_system + system.strip() + self.before_user
-        notes = ""
+        content = self.clean(task)
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
             encoded = self.backend.encode(notes, add_special_tokens=False)
             past = encoded.offsets[self.max_skill_tokens:]
             if past:
                 notes = notes[:past[0][0]]
-            notes += "\n\n"
-        return self.ids(head + notes + self.clean(task) + self.opening)
+            content = f"{notes}\n\n{content}"
+        head = self.before_user
+        if self.before_system is None:
+            content = f"{system}\n\n{content}"
+        else:
+            head = self.before_system + self.trim(system) + head
+        return self.ids(head + self.trim(content) + self.opening)
 
     def next_turn(self, observation, last):
         """Ids between an answer and the next; its last token may end the turn in the template."""
-        ids = self.encode(self.after_answer + self.clean(observation) + self.opening)
+        said = self.trim(self.clean(observation))
+        ids = self.encode(self.after_answer + said + self.opening)
         if last in self.eos_ids and last in self.end_ids:
             ids = ids[self.end_ids.index(last) + 1:]
         return ids
@@ -941,8 +944,9 @@ def load_model(cfg, world):
         model = model.to(cfg.device)
         gap = scoring_gap(model, cfg)
     except Exception as error:                 # each library, and each architecture, has its own
-        raise UserError(f"{told} cannot be loaded and played on {cfg.device}; give an instruct "
-                        f"model's folder or name. {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise UserError(f"{told} cannot be loaded and played on {cfg.device}; give the folder or "
+                        f"name of an instruct model of plain attention. {said:.150}") from error
     missing = sorted(found["missing_keys"])    # unused ones are normal; the library tells them
     text = model.config.get_text_config()
     window = getattr(text, "max_position_embeddings", cfg.max_context)
@@ -960,16 +964,16 @@ def load_model(cfg, world):
 
 def scoring_gap(model, cfg):
     """The largest difference between log-probs of tokens of two ragged conversations that are read
-    through the cache, and at once: longer than the model's windows, in float32."""
+    through the cache, and at once, in float32. One of them grows beyond the model's windows."""
     own = replace(cfg, precision="float32")
     text = model.config.get_text_config()
     named = re.findall(r'(?:window|original_max)\w*": (\d+)', text.to_json_string(use_diff=False))
     lengths = [int(n) for n in named if int(n) < cfg.max_context]        # at which things change
     some = partial(random.Random(0).choices, range(text.vocab_size))
-    chunks = [some(k=max([0, *lengths]) + 30), some(k=9)]
+    chunks = [some(k=max([20, *lengths]) - 10), some(k=9)]
     rows = [Trajectory("", None, chunk, chunk, []) for chunk in chunks]
     decoder = Decoder(model.eval(), own, 2)
-    for sizes in (1, 7), (12, 1), (1, 1):
+    for sizes in (40, 7), (12, 1), (1, 1):     # the rows change places every time
         logp = decoder.read(chunks).tolist()
         chunks = [some(k=n) for n in sizes]
         for t, chunk, row in zip(rows, chunks, logp):

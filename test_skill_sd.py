@@ -24,6 +24,7 @@ from unittest.mock import Mock
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
@@ -255,7 +256,8 @@ FAMILIES = dict(                               # what ends a turn, and the templ
         "<s>{% if messages[0].role == 'system' %}{{ raise_exception(0) }}{% endif %}")),
     glm_4=("<|user|>", template("<|{{ m.role }}|>\n", "", "[gMASK]<sop>")),   # the next header
     opens_thinking=("<|im_end|>", template(*CHATML, "", "<think>\n")),
-    always=("</s>", LLAMA_2), first=("</s>", LLAMA_2), normalizer=("</s>", LLAMA_2))
+    always=("</s>", LLAMA_2), first=("</s>", LLAMA_2), normalizer=("</s>", LLAMA_2),
+    nfkc=("<|im_end|>", template(*CHATML)))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -266,6 +268,8 @@ def spoken(request):
     tokenizer.pre_tokenizer = Metaspace(prepend_scheme="never") if sentencepiece else level
     tokenizer.train_from_iterator([RULES, skill_sd.SUMMARIZER_PROMPT, ROOM], trainers.BpeTrainer(
         vocab_size=500 * (name != "first"), initial_alphabet=ByteLevel.alphabet()))   # 0: no merges
+    if name == "nfkc":                         # full-width letters become plain ones
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     if name == "normalizer":
         tokenizer.pre_tokenizer, tokenizer.normalizer = None, normalizers.Sequence(
             [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
@@ -273,7 +277,7 @@ def spoken(request):
         tokenizer.pre_tokenizer = Metaspace(prepend_scheme=name)
     tokenizer.add_special_tokens(
         "<s> </s> [gMASK] <sop> <|system|> <|user|> <|assistant|>".split())
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (
+    tokenizer.add_tokens([AddedToken(token, normalized=name == "nfkc") for token in (
         "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]",
         "<think>", "</think>", "\n\n\n", "think>up")])          # not special; two overlap
     tokenizer = sokoban_env.tiny_tokenizer(6) if form == TINY else (
@@ -300,6 +304,7 @@ def test_the_conversation_is_the_templates_own(spoken):
     chat, said, rng = Chat(tokenizer), [], random.Random(0)
     ids, begun = chat.prompt(RULES, ROOM), Chat(tokenizer, PREFILL)
     assert ids == whole() and begun.prompt(RULES, ROOM) == whole(more=PREFILL)
+    assert chat.prompt(RULES, f" {ROOM}\n ") == whole(room=f" {ROOM}\n ")      # blank edges
     turn, prefill = chat.next_turn("left", 9), whole(more=PREFILL)[len(whole()):]
     assert begun.next_turn("left", 9) == turn + prefill
     for answer in ("up", "I see.\ndown", "left"):
@@ -314,7 +319,8 @@ def test_the_conversation_is_the_templates_own(spoken):
     added = tokenizer.get_added_vocab()
     control = {i for token, i in added.items() if token.strip() and token != "<|unk|>"}
     pieces = [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "<", ">",
-              "|", " ", "\n", "\u2581", "e\u0301", "\ud800", "\x00", "user", "[", "<think>up"]
+              "|", " ", "\n", "\u2581", "e\u0301", "\ud800", "\x00", "user", "[", "<think>up",
+              "\uff1c|im_end|\uff1e", "<|IM_END|>"]
     def control_ids(task, observation, *fields):
         ids = chat.prompt(RULES, task, Skill(*fields)) + chat.next_turn(observation, 9)
         return [i for i in ids if i in control]
@@ -322,8 +328,7 @@ def test_the_conversation_is_the_templates_own(spoken):
         texts = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(5)]
         assert control_ids(*texts) == control_ids(*["x"] * 5), ascii(texts)
         for text in texts:                     # no more than blanks have changed
-            kept = "".join(text.replace("\ud800", "?").split())
-            assert "".join(chat.clean(text).split()) == kept
+            assert chat.clean(text).replace(" ", "") == text.replace("\ud800", "?").replace(" ", "")
     skill = Skill("went up,  na\u00efve but fine " * 9, "none seen", "b2 up, b3 left")
     notes = skill_sd.SKILL_TEXT.format(**dataclasses.asdict(skill))
     assert Chat(tokenizer, "", 999).prompt(RULES, ROOM, skill) == whole(room=f"{notes}\n\n{ROOM}")
@@ -907,22 +912,81 @@ def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
     assert at_once.mean() < 0.5 * fresh.mean()
 
 
-def test_models_and_templates_that_cannot_be_followed_are_refused(tiny, tmp_path):
-    """A model that the cache does not hold, or is too short; a template that changes with turns."""
+def weights_of(folder, change):
+    """Change a model's tensors in its file."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name, settings, change, told", [
+    ("Llama", {}, lambda w: w.popitem(), "1 weights are missing, as ['model"),
+    ("Llama", {}, lambda w: w["model.norm.weight"].fill_(math.nan), "differ by nan"),
+    ("Llama", {}, lambda w: w["model.norm.weight"].fill_(2.0), ""),
+    ("Llama", dict(max_position_embeddings=1000), None, "max_context=1024: model="),
+    ("Llama", dict(vocab_size=300), None, "a fast tokenizer of at most 300 ids, has 341"),
+    ("Mistral", dict(sliding_window=40, num_key_value_heads=4), None, ""),
+    ("Bert", {}, None, "does not score what it samples"),      # looks ahead
+    ("Mpt", dict(d_model=32, n_heads=4, n_layers=2), None, "does not score what it samples"),
+    ("Doge", dict(keep_window_size=16), None, "does not score what it samples"),
+    ("Mamba", dict(state_size=4), None, "cannot be loaded and played on cpu"),
+    ("Phi3", dict(original_max_position_embeddings=64, rope_parameters=dict(
+        rope_type="longrope", short_factor=[1.0] * 4, long_factor=[40.0] * 4, rope_theta=1e4,
+        original_max_position_embeddings=64)), None, "does not score what it samples")])
+def test_models_that_do_not_sample_what_they_score_are_refused(
+        tiny, tmp_path, name, settings, change, told):
+    tiny[1].save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(
+        **dict(num_attention_heads=4, hidden_size=32, intermediate_size=64, pad_token_id=0,
+               vocab_size=len(tiny[1]), num_hidden_layers=2, initializer_range=0.3,
+               max_position_embeddings=2048) | settings)).save_pretrained(tmp_path)
+    if change:
+        weights_of(tmp_path, change)
+    cfg = Config(model=tmp_path)
+    if told:
+        end = pytest.raises(UserError, skill_sd.load_model, cfg, None).value
+        assert told in str(end) and str(tmp_path) in str(end) and "\n" not in str(end)
+    else:
+        skill_sd.load_model(cfg, None)
+        (tmp_path / "adapter_config.json").touch()
+        pytest.raises(UserError, skill_sd.load_model, cfg, None).match("merge the adapter first")
+
+
+def test_templates_that_change_with_turns_are_refused(tiny):
     tokenizer, form, lost = copy.deepcopy(tiny[1]), template(*CHATML), "a text is changed or lost"
-    tokenizer.save_pretrained(tmp_path)
-    for name, settings, message in (("Mamba", dict(state_size=4), "cannot be"), ("Llama",
-            dict(max_position_embeddings=1000), "max_context=1024")):
-        transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(
-            num_attention_heads=4, hidden_size=32, vocab_size=len(tokenizer), num_hidden_layers=2,
-            **settings)).save_pretrained(tmp_path)
-        told = pytest.raises(UserError, skill_sd.load_model, Config(model=str(tmp_path)), None)
-        assert message in str(told.value) and str(tmp_path) in str(told.value)
     for tokenizer.chat_template, reason in (
             (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
             (form.replace("m.content", "m.content | upper"), lost), ("{{ 1 + 'x' }}", "operand"),
             (form.replace("m.content", "(m.content * 2)"), lost), (None, "template is not set")):
-        pytest.raises(ValueError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
+        pytest.raises(UserError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
+
+
+@pytest.mark.parametrize("name, left", [("checkpoint.pt", 0), ("checkpoint.pt", 99),
+                                        ("result.json", 0), ("result.json", 9)])
+def test_damaged_files_are_named_and_a_full_disk_leaves_none(tmp_path, name, left, monkeypatch):
+    """And what other code made is read, and said; what other weights made is another run."""
+    cfg = smallest(tmp_path, iterations=1)
+    path = skill_sd.run_folder(cfg) / name
+    with monkeypatch.context() as full:
+        full.setattr(os if name == "result.json" else torch, "replace" if name == "result.json"
+                     else "save", Mock(side_effect=RuntimeError("unexpected pos 1 vs 2")))
+        with contextlib.suppress(RuntimeError):                # of the warm start
+            pytest.raises(UserError, skill_sd.train, cfg).match("is the disk full")
+    assert not [*tmp_path.rglob("skill_sd-*/*.part")]
+    result = skill_sd.train(cfg)
+    (path.parent / "result.json").unlink() if "pt" in name else None
+    path.write_bytes(path.read_bytes()[:left])
+    told = pytest.raises(UserError, skill_sd.train, cfg)
+    told.match(f"{name} is damaged .*; delete it, and the same command goes on")
+    path.unlink()
+    monkeypatch.setattr(skill_sd, "CODE", 0)
+    assert skill_sd.train(cfg)["sampled"] == result["sampled"]
+    model = skill_sd.configure("base", model=path.parent / "student", out=tmp_path, device="cpu")
+    before = skill_sd.run_folder(model)
+    weights_of(path.parent / "student", lambda w: w["model.norm.weight"].fill_(2.0))
+    assert skill_sd.run_folder(model) != before
 
 
 @pytest.mark.parametrize("words, told", [
