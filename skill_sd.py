@@ -19,13 +19,10 @@ that teacher trains the student, which never sees a skill. One iteration:
        Eq. 14: minimise L = L_GRPO + lambda L_SDL          update            test_update_*
     6. Analyze(tau, x) enters B(x); picks are credited     summarize         test_parse_skill_*
 
-    python skill_sd.py                          the demo: warm start, train, table, a look inside
-    python skill_sd.py --method all --seeds 5   every method, ablation and control, one table
-    python skill_sd.py --model NAME_OR_DIR      a chat model of Hugging Face's; see PRESETS
-
 Part I is the method, to `iteration`; Part II prompts, forward passes, rollout and summarizer; Part
-III settings, runs and table. The game and the demo's tiny player are in sokoban_env.py. CHOICE: no
-public text says it. DEVIATION: we differ from the paper. Needs: what to copy along with a piece.
+III settings, runs and table. `python skill_sd.py` runs the demo, whose game and tiny player are in
+sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ from the paper. Needs: what to
+copy along with a piece, besides the packages.
 """
 import copy
 import inspect
@@ -50,12 +47,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers import GenerationConfig
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          GenerationConfig)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sokoban_env
-from sokoban_env import UserError, ask, derived_seed, require
+from sokoban_env import UserError, ask, derived_seed, load, require, save
 
 
 # ==== Part I: the method ==========================================================================
@@ -81,11 +78,6 @@ class Method:
     skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # who sees skills in training
     skill_shown: Literal["own", "other", "empty"] = "own"  # another task's skill, or no words
     borrow: Literal[0, 1] = 0        # 1: a task without skills is shown another's   DEVIATION
-    lam_until: float = math.inf      # share of the run in which lambda falls to 0   DEVIATION
-
-    def lam_at(self, k):
-        """lambda in iteration k: constant, unless lam_until is finite."""
-        return self.lam * max(0.0, 1 - k / self.iterations / self.lam_until)
 
 
 # ---- Skills, and the bank B(x) of each task x ----------------------------------------------------
@@ -170,8 +162,7 @@ class Trajectory:
 
 
 # ---- The losses: pure functions of tensors (B, T), to be lifted into any trainer -----------------
-# Needed of a trainer: log-probs of one policy (dropout off, or the same in every pass); under
-# gradient accumulation `n`, the number of action tokens of the whole batch.
+# They need one policy's log-probs: dropout off, or the same in every pass.
 def token_mean(values, mask, n=None):
     """1/N sum of values (B, T) over the N tokens where mask is set. For a part of a batch, pass the
     whole batch's N as `n`: then values and gradients of the parts add up. Needs: torch."""
@@ -197,8 +188,8 @@ def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
     adv: (B,), the others (B, T), else ValueError. Padding may hold anything finite. Needs: torch,
     token_mean."""
     if not logp_student.shape == logp_old.shape == mask.shape == (*adv.shape, mask.shape[-1]):
-        shapes = [tuple(x.shape) for x in (logp_student, logp_old, adv, mask)]
-        raise ValueError(f"{shapes=}: logp_student, logp_old, mask must be (B, T), adv (B,)")
+        raise ValueError(f"logp_student {logp_student.shape}, logp_old {logp_old.shape} and mask "
+                         f"{mask.shape} must be (B, T), adv {adv.shape} (B,)")
     log_ratio = torch.where(mask.bool(), logp_student - logp_old, 0.0)
     ratio = log_ratio.clamp(max=20).exp()                      # r. CHOICE: at most e^20
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -214,9 +205,10 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
         d(rho * k3) / dlogp_student = rho * l
     Example, rho = 1 and l = -1, 0, 1: loss (0.718 + 0 + 0.368) / 3, gradient [-1/3, 0, 1/3].
     Returns float64, as exp(-l) soon overflows float32. Needs: torch, token_mean."""
-    shapes = [tuple(x.shape) for x in (logp_student, logp_teacher, logp_old, mask)]
-    if len({*shapes}) > 1 or mask.dim() != 2:
-        raise ValueError(f"{shapes=} of logp_student, logp_teacher, logp_old, mask: not (B, T)")
+    shape = len(mask), mask.shape[-1]
+    if not logp_student.shape == logp_teacher.shape == logp_old.shape == mask.shape == shape:
+        raise ValueError(f"logp_student {logp_student.shape}, logp_teacher {logp_teacher.shape}, "
+                         f"logp_old {logp_old.shape} and mask {mask.shape} must all be (B, T)")
     logp = logp_student.detach().double()
     l = torch.where(mask.bool(), logp - logp_teacher.detach(), 0.0)                  # Eq. 11
     log_rho = torch.where(mask.bool(), logp - logp_old.detach(), 0.0)
@@ -257,7 +249,7 @@ def score(teacher, part, cfg):
     return response_logps(teacher, part, cfg, with_skill=True)[0]
 
 
-def update(student, optimizer, parts, teacher_logps, lam, cfg):
+def update(student, optimizer, parts, teacher_logps, cfg):
     """Minimise Eq. 14 over the parts of a batch. Returns metrics. If there is one step, then r =
     rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
     rewards every token by how much likelier the teacher finds it."""
@@ -281,7 +273,7 @@ def update(student, optimizer, parts, teacher_logps, lam, cfg):
                 metrics["sdl_loss"] += sdl.item()
                 log_ratio = logp.detach() - teacher_logps[i]
                 metrics["log_ratio"] += token_mean(log_ratio, mask, n_tokens).item()
-            loss = cfg.reward_weight * pg + lam * sdl          # Eq. 14: L = L_GRPO + lambda L_SDL
+            loss = cfg.reward_weight * pg + cfg.lam * sdl      # Eq. 14: L = L_GRPO + lambda L_SDL
             loss.backward()                    # gradients add up over the parts
             metrics["pg_loss"] += pg.item()
             measure(metrics, part, logp.detach(), old_logps[i], mask, n_tokens, cfg)
@@ -332,13 +324,12 @@ def iteration(k, state, tasks, world, cfg):
 
     # 4. the teacher re-scores the same tokens under x + S(x)
     parts = micro_batches(batch, cfg.micro_batch_tokens)
-    lam = cfg.lam_at(k)
     teacher_logps = []
-    if lam > 0:
+    if cfg.lam > 0:
         teacher_logps = [score(teacher, part, cfg) for part in parts]
 
     # 5. minimise L over these tokens
-    metrics = update(student, state.optimizer, parts, teacher_logps, lam, cfg)
+    metrics = update(student, state.optimizer, parts, teacher_logps, cfg)
 
     # 6. credit the picks; Analyze(tau, x) of each group's best (CHOICE) enters B(x), for k + 1 on
     chosen = []
@@ -499,7 +490,6 @@ def measure(metrics, part, logp, logp_old, mask, n, cfg):
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     is_clipped = (ratio * adv > clipped * adv).float()
-    metrics["action_tokens"] = n * RANKS
     metrics["clip_fraction"] += token_mean(is_clipped, mask, n).item()
     if cfg.actor == "student":
         sampled = pad_sequence([torch.tensor(t.logps) for t in part], True)          # (B, T)
@@ -593,17 +583,17 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     """Play an episode in each environment and close it. It has task_id, system_prompt, reset() ->
     task, step(answer) -> (observation, done), completion() -> [0, 1] or nan if lost, and close().
     model samples at cfg.temperature or is `greedy`. skills, one or None each, make skill_prompt.
-    Needs: all of Part II up to here, Trajectory, Skill, and what these need."""
+    Needs: all of Part II up to here, Trajectory, and what these need."""
     if not envs:
         return []
     skills = skills or [None] * len(envs)
     size = cfg.rollout_batch
     if len(envs) > size:
-        trajectories = []
-        for i in tqdm(range(0, len(envs), size), "rollout", leave=False, disable=None):
+        parts = []
+        for i in tqdm(range(0, len(envs), size), leave=False, disable=None):
             some = envs[i:i + size], cfg, skills[i:i + size]
-            trajectories += rollout(model, tokenizer, *some, generator, greedy)
-        return trajectories
+            parts += rollout(model, tokenizer, *some, generator, greedy)
+        return parts
     model.eval()
     prefill = cfg.prefill or getattr(envs[0], "prefill", "")
     chat = Chat(tokenizer, prefill, cfg.max_skill_tokens)
@@ -618,14 +608,13 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     each = map
     if any(getattr(env, "concurrent", False) for env in envs):           # they wait for a server
         each = ThreadPoolExecutor(len(envs)).map
-    # First the prompts; then, turn by turn, an answer of each conversation, a step of each world.
     trajectories, playing, chunks = [], [], []
     tasks = list(each(partial(ask, name="reset"), envs))
     for env, skill, task in zip(envs, skills, tasks):
         prompt = render(env.system_prompt, task)
         skill_prompt = render(env.system_prompt, task, skill)
-        t = Trajectory(env.task_id, skill, prompt, skill_prompt,
-                       [{"role": "user", "content": task}])
+        said = [{"role": "user", "content": task}]
+        t = Trajectory(env.task_id, skill, prompt, skill_prompt, said)
         too_long = len(prompt) > limit
         t.counts = {"cut_answers": 0, "truncated": too_long}
         trajectories.append(t)
@@ -748,8 +737,8 @@ def ask_student(texts, student, tokenizer, cfg, generator):
     written = rollout(student, tokenizer, envs, own, generator=generator)
     for t in written:
         if not t.turns:
-            t.messages.append({"content": f"[{len(t.prompt)} tokens of transcript do not fit into "
-                               f"{longest} with {cfg.summary_tokens=}]"})
+            told = f"[a transcript of {len(t.prompt)} tokens, {cfg.summary_tokens=}, {longest=}]"
+            t.messages.append({"content": told})
     return [t.messages[1]["content"] for t in written]
 
 
@@ -783,7 +772,7 @@ def parse_skill(text):
     """The Skill in a summarizer's answer, else ValueError. Forgives fences, other text and fields,
     lists of lines, null, and bad JSON around the three strings in order. Needs: json, re, Skill,
     spoken."""
-    names = ("success_analysis", "mistake_analysis", "golden_workflow")
+    names = "success_analysis", "mistake_analysis", "golden_workflow"
     text = text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
     # The last string ends before another key or the object's end, not at a quote within it.
@@ -849,8 +838,8 @@ class Config(Method, sokoban_env.Settings):
         for name, value in METHODS[self.method].items():
             check(name, getattr(self, name) == value,
                   f"method {self.method} means {value!r}; leave it to configure(method=...)")
-        check("group_size", self.group_size > 1 or not (self.reward_weight and self.iterations),
-              "at least 2")
+        alone = self.reward_weight and self.iterations and self.group_size == 1
+        check("group_size", not alone, "at least 2, as one rollout has no advantage")
         check("tasks_per_iteration", self.tasks_per_iteration % RANKS == 0,
               f"must be a multiple of {RANKS}")
         needs_it = self.actor == "teacher" or self.lam > 0
@@ -862,12 +851,11 @@ class Config(Method, sokoban_env.Settings):
         check("env", sokoban_env.world_file(self.env), "no such file, no module of that name")
         if self.summarizer not in ("rules", "self"):
             url = r"https?://(\[[\da-f:]+\]|[\w.-]+)(:\d+)?(/[!-~]*)?"
-            check("summarizer", re.fullmatch(url, self.summarizer, re.ASCII),
-                  "rules, self, or a server http://HOST/v1")
+            served = re.fullmatch(url, self.summarizer, re.ASCII)
+            check("summarizer", served, "rules, self, or a server http://HOST/v1")
             check("summarizer_model", self.summarizer_model, "one of the server's")
             key = os.environ.get("OPENAI_API_KEY", "").strip()
-            check("summarizer", key.isascii() and key.isprintable(),
-                  "OPENAI_API_KEY must be one line of ASCII characters")
+            check("summarizer", key.isascii() and key.isprintable(), "OPENAI_API_KEY: not ASCII")
 
 
 METHODS = {
@@ -879,10 +867,7 @@ METHODS = {
     "frozen": dict(sync_every=0),                                  # ablations: frozen teacher
     "off_policy_frozen": dict(actor="teacher", sync_every=0),      # the teacher acts. CHOICE: r and
     "off_policy": dict(actor="teacher"),                           # rho against the student
-    "falling": dict(lam_until=0.5),                                # DEVIATION: to 0 at half
     "borrowed": dict(borrow=1),                                    # DEVIATION: see `borrow`
-    "borrowed_falling": dict(borrow=1, lam=0.3, lam_until=0.5),    # lam: from scarce, split val
-    "empty_borrowed_falling": dict(borrow=1, lam=0.3, lam_until=0.5, skill_shown="empty"),
     "other_skill": dict(skill_shown="other"),                      # controls: does its text matter?
     "empty_skill": dict(skill_shown="empty"),
 }
@@ -906,7 +891,6 @@ PRESETS = {      # of the paper: model, boxes, levels, turns, iterations, lam; t
 def configure(method="skill_sd", **typed):
     """A run's Config, as in train(configure(method="grpo", preset="scarce", iterations=20)).
     Precedence: METHODS, `typed`, what a trained model's folder says, PRESETS."""
-    row = METHODS.get(method, {})
     saved = {}
     path = Path(typed.get("model", "tiny")) / "skill_sd.json"
     if path.exists() and "preset" not in typed:
@@ -919,7 +903,7 @@ def configure(method="skill_sd", **typed):
         preset = "appworld"
     preset = typed.get("preset", saved.get("preset", preset))
     settings = dict(method=method, preset=preset) | PRESETS.get(preset, {}) | saved
-    return Config(**settings | row | typed)    # which checks them
+    return Config(**settings | METHODS.get(method, {}) | typed)          # which checks them
 
 
 def load_model(cfg, world):
@@ -928,8 +912,8 @@ def load_model(cfg, world):
     if path == "tiny":
         path = sokoban_env.warm_start(cfg, SKILL_TEXT, world)
     told = f"model={str(path)!r}"
-    adapter = (Path(path) / "adapter_config.json").exists()
-    require(not adapter, f"{told}: merge the adapter first (peft's merge_and_unload)")
+    require(not (Path(path) / "adapter_config.json").exists(),
+            f"{told}: merge the adapter first (peft's merge_and_unload)")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         for part in config, config.get_text_config():
@@ -999,23 +983,24 @@ def begin(cfg):
 
 # ---- One run: its folder, its checkpoints, its log -----------------------------------------------
 def train(cfg):
-    """Run the method, or go on with it, and keep what comes of it. Returns the last evaluation:
-    {"sampled", "greedy": held-out completions, "curve": [(iteration, sampled accuracy)]}."""
+    """Run the method, or go on with it, and keep what comes of it. Returns the last evaluation, and
+    "curve": [(iteration, sampled accuracy)]."""
     folder = run_folder(cfg)
     finished = folder / "result.json"
-    with sokoban_env.locked(folder, RANK), sokoban_env.threads_for(cfg.model):
+    with sokoban_env.locked(folder), sokoban_env.threads_for(cfg.model):
         gather(None)                           # the others wait for process 0
         if finished.exists():
             tqdm.write(f"finished: read {finished}")
-            return load(finished)
+            return load(finished, CODE)
         world, state = begin(cfg)
         log = resume(folder, state)
         for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
-            line = {"iteration": k, "lam": cfg.lam_at(k)}
+            line = {"iteration": k}
             if k * cfg.evals % cfg.iterations < cfg.evals:     # equally spaced, the first at 0
-                line |= means(evaluate(state, world, cfg, k))
+                evaluate(state, world, cfg, k, line)
             start = time.perf_counter()
-            tasks = pick_tasks(world.train, cfg, k)
+            rng = random.Random(derived_seed(cfg.seed + 10**6 * RANK, "tasks", k))
+            tasks = rng.sample(world.train[RANK::RANKS], cfg.tasks_per_iteration // RANKS)
             state.generator.manual_seed(derived_seed(cfg.seed + 10**6 * RANK, "rollout", k))
             episodes, metrics = iteration(k, state, tasks, world, cfg)
             line["seconds"] = time.perf_counter() - start
@@ -1027,21 +1012,19 @@ def train(cfg):
                 for name in ("student", "teacher", "optimizer"):
                     saved[name] = getattr(state, name).state_dict()
                 save(folder / "checkpoint.pt", saved)
-        result = evaluate(state, world, cfg, cfg.iterations)
-        lines = [*log, {"iteration": cfg.iterations} | means(result)]
+        line = {"iteration": cfg.iterations}
+        result = evaluate(state, world, cfg, cfg.iterations, line)
+        lines = [*log, line]
         curve = [(x["iteration"], x["heldout_sampled"]) for x in lines if "heldout_sampled" in x]
         result |= {"curve": curve, "code": CODE}
-        if RANK == 0:
-            sokoban_env.save_model(folder / "student", state.student, state.tokenizer)
+        sokoban_env.save_model(folder / "student", state.student, state.tokenizer)
         save(folder / "student" / "skill_sd.json", asdict(cfg))
         save(folder / "bank.json", gather(state.bank.entries))
         save(folder / "log.jsonl", lines)
         save(finished, result)
-    failed, written, shown = (sum(line[name] for line in log) for name in (
-        "skills_failed", "skills_written", "skill_share"))
-    if log and not shown and cfg.skill_reader != "nobody":
+    if log and not any(line["skill_share"] for line in log) and cfg.skill_reader != "nobody":
         tqdm.write("warning: no skill was ever shown, so this was GRPO alone")
-    if failed > written:
+    if sum(line["skills_failed"] - line["skills_written"] for line in log) > 0:
         tqdm.write("warning: most skills failed to parse; use a larger model, or a server")
     return result
 
@@ -1053,26 +1036,9 @@ def run_folder(cfg):
     for name in ("preset", "seeds", "out", "device", "save_every"):
         del settings[name]
     world = Path(sokoban_env.world_file(cfg.env)).read_text()
-    weights = [(path.name, path.stat().st_mtime) for path in sorted(Path(cfg.model).glob("*"))]
+    weights = sorted(path.stat().st_mtime for path in Path(cfg.model).glob("*"))
     key = derived_seed(json.dumps([settings, RANKS, world, weights])) % 16**6
     return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key:06x}"
-
-
-def save(path, data):
-    if RANK == 0:
-        sokoban_env.save(path, data)
-
-
-def load(path):
-    """What was saved; said if another version of this file did."""
-    data = sokoban_env.load(path)
-    if data["code"] != CODE:
-        tqdm.write(f"{path} is of another version of skill_sd.py")
-    return data
-
-
-def means(result):
-    return {f"heldout_{how}": np.equal(x, 1).mean() for how, x in result.items()}
 
 
 def resume(folder, state):
@@ -1080,7 +1046,7 @@ def resume(folder, state):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return []
-    saved = load(path)
+    saved = load(path, CODE)
     for name in ("student", "teacher", "optimizer"):
         getattr(state, name).load_state_dict(saved[name])
     state.bank.entries = json.loads(
@@ -1089,14 +1055,9 @@ def resume(folder, state):
     return saved["log"]
 
 
-def pick_tasks(tasks, cfg, k):
-    """This process's tasks of iteration k, at random."""
-    rng = random.Random(derived_seed(cfg.seed + 10**6 * RANK, "tasks", k))
-    return rng.sample(tasks[RANK::RANKS], cfg.tasks_per_iteration // RANKS)
-
-
-def evaluate(state, world, cfg, k):
-    """{"sampled", "greedy"}: held-out completions, under the plain prompt; 0 of a lost episode."""
+def evaluate(state, world, cfg, k, line):
+    """{"sampled", "greedy"}: held-out completions, under the plain prompt; 0 of a lost episode. The
+    accuracies go into a line of the log."""
     tasks = world.heldout[:None if k == cfg.iterations else 512]         # along the run: of some
     mine = np.array_split(tasks, RANKS)[RANK].tolist()
     result = {}
@@ -1106,18 +1067,21 @@ def evaluate(state, world, cfg, k):
                          cfg, None, generator, how == "greedy")
         rewards = sum(gather([t.reward for t in played]), [])
         result[how] = np.nan_to_num(rewards).tolist()
+        line[f"heldout_{how}"] = np.equal(rewards, 1).mean()
         if RANK == 0:
             tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {k} iterations, {how}: solved "
-                       f"{100 * np.equal(rewards, 1).mean():.1f} % of {len(tasks)}, completion "
+                       f"{100 * line[f'heldout_{how}']:.1f} % of {len(tasks)}, completion "
                        f"{100 * np.mean(result[how]):.1f} %, {np.isnan(rewards).sum()} lost")
     return result
 
 
 def log_line(line, episodes):
-    """A line of log.jsonl: `line`, and what the episodes tell, as means over all processes:
-    reward, success, turns, cut_answers (no end in max_new_tokens), truncated (by max_context) and
-    the world's counts per episode; the shares of episodes that were lost or have a skill
-    (skill_share), and of groups with equal rewards (zero_spread_groups), which teach nothing."""
+    """A line of log.jsonl. `line` has iteration, heldout_sampled and _greedy (accuracies), seconds,
+    skills_written and _failed; pg_loss, sdl_loss, grad_norm, log_ratio (mean l), clip_fraction,
+    entropy (mean -log pi_old of the sampled tokens) and rollout_gap (from scores: below 1e-4 in
+    float32). Means over the episodes of all processes: reward, success, turns, cut_answers, the
+    world's counts; shares that were lost, truncated (max_context) or have a skill (skill_share).
+    zero_spread_groups: the share of groups with equal rewards, which teach GRPO nothing."""
     rewards = defaultdict(set)                 # of each task
     columns = defaultdict(list)
     rows = [line]
@@ -1168,7 +1132,7 @@ def print_table(results):
     width = max(map(len, rows))
     print(f"\n{len(solved[0])} held-out tasks, {len(runs)} seed(s); percent, ± 95 % interval\n"
           f"{'':{width}}     sampled acc     greedy acc       area")
-    quantiles = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, *[2.26] * 20, 2.05]
+    quantiles = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, *[2.26] * 20, 1.96]
     for name, values in rows.items():
         values = np.mean(values, 2) if len(runs) > 1 else np.transpose(values[0])
         quantile = quantiles[min(len(values), 30) - 1]
@@ -1181,7 +1145,7 @@ def print_table(results):
 
 def look_inside(cfg):
     """Show an episode of the untrained player, and what student and teacher think at each turn."""
-    (bank,) = json.loads((run_folder(cfg) / "bank.json").read_text())
+    (bank,) = load(run_folder(cfg) / "bank.json")
     if not bank:
         return
     task = max(bank, key=lambda x: bank[x][-1]["source_reward"])
@@ -1200,7 +1164,7 @@ def plan(method="skill_sd", seed=0, **typed):
     for name in names:
         fixed = {} if name == method else METHODS.get(name, {})          # over what was typed
         settings = {key: value for key, value in typed.items() if key not in fixed}
-        seeds = range(seed, seed + max(1, typed.get("seeds", 1)))
+        seeds = range(seed, seed + typed.get("seeds", 1)) or [seed]
         plans[name] = [configure(name, seed=each, **settings) for each in seeds]
     return plans
 
@@ -1218,7 +1182,7 @@ def main(argv=None):
         results = {method: [train(cfg) for cfg in runs] for method, runs in plans.items()}
         if RANK == 0:
             print_table(results)
-            if typed.get("method", "skill_sd") == "skill_sd" and cfg.model == "tiny" and RANKS == 1:
+            if cfg.method == "skill_sd" and cfg.model == "tiny" and RANKS == 1:
                 look_inside(cfg)
         if RANKS > 1:
             time.sleep(0.1)                    # gloo's threads may hold tensors still

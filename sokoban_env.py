@@ -426,7 +426,6 @@ class Settings:
         """UserError unless each field has its type, is one of its choices, and finite; whole
         numbers are at least 1 but for some."""
         may_be_0 = "seed", "iterations", "sync_every", "evals"
-        above_0 = "temperature", "lam_until"
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
             accepted = {int: int, float: (int, float), str: (str, Path)}[kind]
@@ -436,7 +435,7 @@ class Settings:
             if kind is not str and not get_args(f.type) and value != f.default:
                 least = int(kind is int and f.name not in may_be_0)
                 self.check(f.name, least <= value < math.inf, f"must be finite, >= {least}")
-                self.check(f.name, value or f.name not in above_0, "must be above 0")
+                self.check(f.name, value or f.name != "temperature", "must be above 0")
             setattr(self, f.name, kind(value))                 # a Path becomes a str
 
     @classmethod
@@ -901,7 +900,7 @@ def warm_start(cfg, skill_text, world):
     import torch
     from tqdm import tqdm
     folder = player_folder(cfg, skill_text)
-    while int(os.environ.get("RANK", 0)) > 0 and not folder.exists():
+    while not is_first() and not folder.exists():
         time.sleep(0.1)                        # process 0 of torchrun makes it
     if folder.exists():
         return folder
@@ -942,13 +941,18 @@ def warm_start(cfg, skill_text, world):
     return folder
 
 
+def is_first():
+    """Whether this process is alone, or the first of torchrun's: it writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
-def locked(folder, rank=0):
-    """Process 0 has a folder for itself, which is made; another waits, and says so. The lock dies
-    with its process. What a process that was killed had not finished is removed."""
+def locked(folder):
+    """A run has a folder, which is made, for itself; another waits, and says so. The lock dies with
+    its process. What a process that was killed had not finished is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        if rank == 0 and fcntl:
+        if is_first() and fcntl:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -963,6 +967,8 @@ def save(path, data):
     """Replace a file by a finished temporary one, so that it is whole or absent: .pt by torch, else
     JSON, or a list of lines of it (.jsonl)."""
     import torch
+    if not is_first():
+        return
     part = path.with_name(path.name + ".part")
     lines = data if path.suffix == ".jsonl" else [data]
     try:
@@ -976,13 +982,17 @@ def save(path, data):
         raise UserError(f"{path} cannot be written: {error}; is the disk full?") from error
 
 
-def load(path):
-    """What `save` wrote. UserError if the file is damaged."""
+def load(path, code=None):
+    """What `save` wrote; it is said if other code did. UserError if the file is damaged."""
     import torch
     try:
         if path.suffix == ".pt":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        return json.loads(path.read_text())
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            data = json.loads(path.read_text())
+        if code is not None and data["code"] != code:
+            print(f"{path} is of another version of skill_sd.py", flush=True)
+        return data
     except Exception as error:                 # a damaged pickle raises anything
         raise UserError(f"{path} is damaged ({error!r:.99}); delete it, and the same command goes "
                         "on from what is left") from error
@@ -991,6 +1001,8 @@ def load(path):
 def save_model(folder, model, tokenizer):
     """Save both to a folder that is whole or absent. If it is there, another process was quicker,
     or the same run before it was interrupted; it stays."""
+    if not is_first():
+        return
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)

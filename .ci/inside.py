@@ -37,7 +37,7 @@ def mean_lead(gains):
     return f"{100 * np.mean(gains):6.1f}" if gains else "     -"
 
 
-def look(state, world, cfg, k, n=64, group=8):
+def look(state, world, cfg, k, line, n=64, group=8):
     """Stands in for `evaluate`: prints a line for each kind of skill after k iterations."""
     model = state.student
     chosen = world.train[::max(1, len(world.train) // n)]

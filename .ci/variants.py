@@ -7,11 +7,13 @@
     random_pick    the bank picks a random skill of the task, not the one of UCB
     newest         the bank picks the newest skill of the task
     exact          SDL is the KL over the whole vocabulary, not its estimate by sampled tokens
+    falling        lambda falls to 0 at half of the run
 
 The table is that of skill_sd.py. The runs are in runs/variants/NAME; --out X: X/variants/NAME.
 """
 import sys
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def vocabulary(model, part, cfg, with_skill=False):
 
 
 def exact(world, state, cfg):
-    def exact_update(student, optimizer, parts, teacher_logps, lam, cfg):
+    def exact_update(student, optimizer, parts, teacher_logps, cfg):
         coming = iter(parts * cfg.updates_per_iteration)       # `update` takes them in this order
 
         def kl(logp, logp_teacher, logp_old, mask, n):
@@ -85,12 +87,23 @@ def exact(world, state, cfg):
                 q = vocabulary(state.teacher, part, cfg, with_skill=True)
             return (p.exp() * (p - q)).sum() / n
         skill_sd.sdl_loss = kl
-        return update(student, optimizer, parts, teacher_logps, lam, cfg)
+        return update(student, optimizer, parts, teacher_logps, cfg)
     skill_sd.update = exact_update
 
 
+def falling(world, state, cfg):
+    iteration = skill_sd.iteration
+
+    def with_less(k, state, tasks, world, cfg):
+        left = max(0.0, 1 - 2 * k / cfg.iterations)
+        return iteration(k, state, tasks, world,
+                         replace(cfg, method="skill_sd", lam=cfg.lam * left))
+    skill_sd.iteration = with_less
+
+
 def main():
-    variants = dict(nearest=nearest, random_pick=random_pick, newest=newest, exact=exact)
+    variants = dict(nearest=nearest, random_pick=random_pick, newest=newest, exact=exact,
+                    falling=falling)
     if len(sys.argv) < 2 or sys.argv[1] not in variants:
         sys.exit(f"usage: variants.py {'|'.join(variants)} [settings of skill_sd.py]")
     name = sys.argv.pop(1)
