@@ -21,8 +21,7 @@ that teacher trains the student, which never sees a skill. One iteration:
 
 Part I is the method, to `iteration`; Part II prompts, forward passes, rollout and summarizer; Part
 III settings, runs and table. `python skill_sd.py` runs the demo, whose game and tiny player are in
-sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ from the paper. Needs: what to
-copy along with a piece, besides the packages.
+sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ from it. Needs: copy it along.
 """
 import copy
 import inspect
@@ -153,7 +152,7 @@ class Trajectory:
     skill_prompt: list               # without a skill the same as `prompt`
     messages: list                   # the conversation as text
     ids: list = field(default_factory=list)
-    mask: list = field(default_factory=list)
+    mask: list = field(default_factory=list)      # of bool
     logps: list = field(default_factory=list)     # when sampled; for the log only, see `update`
     turns: int = 0
     counts: dict = field(default_factory=dict)    # of cut answers and the like, for the log
@@ -185,8 +184,7 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), without a KL to a reference.
-    adv: (B,), the others (B, T), else ValueError. Padding may hold anything finite. Needs: torch,
-    token_mean."""
+    adv: (B,), the others (B, T). Padding may hold anything finite. Needs: torch, token_mean."""
     if not logp_student.shape == logp_old.shape == mask.shape == (*adv.shape, mask.shape[-1]):
         raise ValueError(f"logp_student {logp_student.shape}, logp_old {logp_old.shape} and mask "
                          f"{mask.shape} must be (B, T), adv {adv.shape} (B,)")
@@ -224,7 +222,7 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
 def response_logps(model, part, cfg, with_skill=False):
     """(logp, mask), (B, T) each, of the action tokens y_t of B trajectories: log pi(y_t | x, y_<t),
     or log pi(y_t | x + S(x), y_<t). Column j is the j-th action token under either prompt. Needs:
-    torch, cross_entropy, pad_sequence, logits_at, autocast, and cfg.temperature, .precision."""
+    torch, cross_entropy, pad_sequence, logits_at, autocast, Trajectory, two settings of cfg."""
     rows, masks = [], []
     for t in part:
         prompt = t.skill_prompt if with_skill else t.prompt
@@ -353,12 +351,10 @@ def iteration(k, state, tasks, world, cfg):
 class Chat:
     """Renders conversations to token ids, with the texts of the chat template between contents:
         before_system SYSTEM before_user TASK opening ANSWER after_answer OBSERVATION opening ...
-    A conversation only grows: sampled ids are never tokenised again, and thinking stays in it.
-    System prompts and prefills are trusted, tasks, observations and skills are not: see `clean`.
-    Needs: re, asdict, SKILL_TEXT, UserError, a fast tokenizer with a chat template."""
+    Sampled ids are never tokenised again. System prompts and prefills are trusted; tasks,
+    observations and skills are not. Needs: re, asdict, SKILL_TEXT, UserError, a fast tokenizer."""
     def __init__(self, tokenizer, prefill="", max_skill_tokens=256):
-        self.tokenizer = tokenizer
-        self.max_skill_tokens = max_skill_tokens
+        self.tokenizer, self.max_skill_tokens = tokenizer, max_skill_tokens
         self.backend = tokenizer.backend_tokenizer             # a few times faster than `encode`
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -386,8 +382,7 @@ class Chat:
         """The template's texts before, between and after the contents of a conversation."""
         marks = [f"\u00a7{role} {i}\u00a7" for i, role in enumerate(roles)]
         chat = [{"role": role, "content": f"   {mark}   "} for role, mark in zip(roles, marks)]
-        text = ""
-        reason = "a text is changed or lost"
+        text, reason = "", "a text is changed or lost"
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=0, add_generation_prompt=True)
         except Exception as error:             # a template may raise anything
@@ -429,10 +424,9 @@ class Chat:
         content = self.clean(task)
         if skill is not None:                  # CHOICE: in the first user message, above the task
             notes = self.clean(SKILL_TEXT.format(**asdict(skill)))
-            encoded = self.backend.encode(notes, add_special_tokens=False)
-            past = encoded.offsets[self.max_skill_tokens:]
-            if past:
-                notes = notes[:past[0][0]]
+            offsets = self.backend.encode(notes, add_special_tokens=False).offsets
+            if len(offsets) > self.max_skill_tokens:
+                notes = notes[:offsets[self.max_skill_tokens][0]]
             content = f"{notes}\n\n{content}"
         head = self.before_user
         if self.before_system is None:
@@ -472,8 +466,7 @@ def logits_at(positions, model):
 
 
 def micro_batches(batch, max_tokens):
-    """Lists of trajectories of similar length: at most max_tokens when padded, or one alone.
-    Needs: nothing but .skill_prompt and .ids, lists of ids."""
+    """Parts of similar length, of at most max_tokens when padded. Needs: .skill_prompt, .ids."""
     def length(t):
         return len(t.skill_prompt + t.ids)
     parts = [[]]
@@ -504,9 +497,9 @@ class KeyValueCache(DynamicCache):
 
 
 class Decoder:
-    """B ragged conversations that grow on one key-value cache. rows: the ids read so far.
-    attention_mask (B, slots): 1 at tokens, 0 at padding, which stands left of each chunk. Needs:
-    inspect, math, torch, KeyValueCache, autocast, and cfg.temperature, .precision."""
+    """B ragged conversations that grow on one key-value cache. attention_mask (B, slots): 1 at
+    tokens, 0 at padding, which stands left of each chunk. Needs: inspect, math, torch,
+    KeyValueCache, autocast, and cfg.temperature, .precision."""
     def __init__(self, model, cfg, n):
         self.model, self.cfg = model, cfg
         self.rows = [[] for _ in range(n)]
@@ -557,8 +550,7 @@ def spoken(answer):
 def sample_answers(decoder, logp, eos_ids, cfg, generator, greedy):
     """(ids, logps): one list per row, of an answer up to an eos id (kept) or max_new_tokens. logp
     (B, V): of the first token. The decoder has not read the last token when this returns."""
-    ids = [[] for _ in logp]
-    logps = [[] for _ in logp]
+    ids, logps = [[] for _ in logp], [[] for _ in logp]
     unfinished = range(len(logp))
     while True:
         y = logp.argmax(-1, keepdim=True)                                            # (B, 1)
@@ -582,8 +574,7 @@ def sample_answers(decoder, logp, eos_ids, cfg, generator, greedy):
 def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=False):
     """Play an episode in each environment and close it. It has task_id, system_prompt, reset() ->
     task, step(answer) -> (observation, done), completion() -> [0, 1] or nan if lost, and close().
-    model samples at cfg.temperature or is `greedy`. skills, one or None each, make skill_prompt.
-    Needs: all of Part II up to here, Trajectory, and what these need."""
+    model samples, or is `greedy`. skills, one or None each, make skill_prompt. Needs: Part II."""
     if not envs:
         return []
     skills = skills or [None] * len(envs)
@@ -600,9 +591,9 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     render = cache(chat.prompt)                # many are equal
     follow = cache(chat.next_turn)
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
-    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()
-               if token.special}
-    unseen = {i for i in special if not re.search(THINKING % "/?", special[i])}
+    added = tokenizer.added_tokens_decoder     # of these, marks of thinking are shown
+    unseen = {i for i in added if added[i].special and not re.search(
+        THINKING % "/?", added[i].content)}
     limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens  # 2: a blank line
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
     each = map
@@ -643,8 +634,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             playing, texts))
         going_on, chunks = [], []
         for row, (t, env) in enumerate(playing):
-            ids = answers[row]
-            observation, done = steps[row]
+            ids, (observation, done) = answers[row], steps[row]
             t.ids += ids
             t.mask += [True] * len(ids)
             t.logps += logps[row]
@@ -728,9 +718,9 @@ def ask_student(texts, student, tokenizer, cfg, generator):
     """The student's answers, each an episode of one turn; none to a transcript that is too long.
     CHOICE: they begin with a prefill and are sampled at 0.6: else small models seldom end one."""
     longest = getattr(student.config.get_text_config(), "max_position_embeddings", cfg.max_context)
-    own = copy.copy(cfg)
-    own.max_new_tokens, own.max_context, own.temperature = cfg.summary_tokens, longest, 0.6
-    own.prefill = '{"success_analysis": "'
+    own = SimpleNamespace(**asdict(cfg) | dict(
+        max_new_tokens=cfg.summary_tokens, max_context=longest, temperature=0.6,
+        prefill='{"success_analysis": "'))
     envs = [SimpleNamespace(
         task_id="", system_prompt=SUMMARIZER_PROMPT, reset=partial(str, text), close=lambda: None,
         step=lambda answer: ("", True), completion=lambda: 0.0) for text in texts]
@@ -770,8 +760,7 @@ def ask_server(text, cfg, timeout=60):
 
 def parse_skill(text):
     """The Skill in a summarizer's answer, else ValueError. Forgives fences, other text and fields,
-    lists of lines, null, and bad JSON around the three strings in order. Needs: json, re, Skill,
-    spoken."""
+    lists of lines, null, and bad JSON around the three strings. Needs: json, re, Skill, spoken."""
     names = "success_analysis", "mistake_analysis", "golden_workflow"
     text = text[:100_000]
     strings = r"\s*,\s*".join(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"' for name in names)
@@ -834,17 +823,16 @@ class Config(Method, sokoban_env.Settings):
     def __post_init__(self):
         super().__post_init__()                # types, choices and ranges
         check = self.check
-        check("method", self.method in METHODS, f"must be all, or of {', '.join(METHODS)}")
+        check("method", self.method in METHODS, f"must be one of {', '.join(METHODS)}")
         for name, value in METHODS[self.method].items():
             check(name, getattr(self, name) == value,
                   f"method {self.method} means {value!r}; leave it to configure(method=...)")
         alone = self.reward_weight and self.iterations and self.group_size == 1
         check("group_size", not alone, "at least 2, as one rollout has no advantage")
-        check("tasks_per_iteration", self.tasks_per_iteration % RANKS == 0,
-              f"must be a multiple of {RANKS}")
-        needs_it = self.actor == "teacher" or self.lam > 0
-        check("skill_reader", self.skill_reader == "teacher" or not needs_it,
-              "a teacher that acts or distils (lam > 0) must read it")
+        even = self.tasks_per_iteration % RANKS == 0
+        check("tasks_per_iteration", even, f"must be a multiple of {RANKS}, the processes")
+        blind = self.skill_reader != "teacher" and (self.actor == "teacher" or self.lam > 0)
+        check("skill_reader", not blind, "a teacher that acts or distils (lam > 0) must read it")
         check("device", self.device == "cpu" or torch.cuda.is_available(), "no GPU is found")
         least = self.max_skill_tokens + self.max_new_tokens + 2
         check("max_context", self.max_context > least, f"must exceed {least}: skill, answer")
@@ -928,16 +916,16 @@ def load_model(cfg, world):
         model = model.to(cfg.device)
         gap = scoring_gap(model, cfg)
     except Exception as error:                 # each library, and each architecture, has its own
-        said = f"{type(error).__name__}: {error}".replace("\n", " ")
         raise UserError(f"{told} cannot be loaded and played on {cfg.device}; give the folder or "
-                        f"name of an instruct model of plain attention. {said:.150}") from error
+                        "name of an instruct model of plain attention. "
+                        f"{type(error).__name__}: {' '.join(str(error).split()):.150}") from error
     missing = sorted(found["missing_keys"])    # unused ones are normal; the library tells them
     text = model.config.get_text_config()
     window = getattr(text, "max_position_embeddings", cfg.max_context)
-    n_embedded = model.get_input_embeddings().num_embeddings
+    embedded = model.get_input_embeddings().num_embeddings
     require(not missing, f"{told}: {len(missing)} weights are missing, as {missing[:1]}")
-    require(tokenizer.is_fast and len(tokenizer) <= n_embedded,
-            f"{told}: needs a fast tokenizer of at most {n_embedded} ids, has {len(tokenizer)}")
+    require(tokenizer.is_fast and len(tokenizer) <= embedded,
+            f"{told}: needs a fast tokenizer of at most {embedded} ids, has {len(tokenizer)}")
     require(cfg.max_context <= window, f"max_context={cfg.max_context}: {told} reads only {window}")
     require(gap < 1e-3, f"{told} does not score what it samples: log-probs differ by {gap:.2g}. It "
             "counts padding, looks ahead, or is recurrent; use a model of plain causal attention")
@@ -983,8 +971,7 @@ def begin(cfg):
 
 # ---- One run: its folder, its checkpoints, its log -----------------------------------------------
 def train(cfg):
-    """Run the method, or go on with it, and keep what comes of it. Returns the last evaluation, and
-    "curve": [(iteration, sampled accuracy)]."""
+    """Run, or go on. Returns the last evaluation with the curve, [(iteration, accuracy)]."""
     folder = run_folder(cfg)
     finished = folder / "result.json"
     with sokoban_env.locked(folder), sokoban_env.threads_for(cfg.model):
@@ -992,6 +979,7 @@ def train(cfg):
         if finished.exists():
             tqdm.write(f"finished: read {finished}")
             return load(finished, CODE)
+        tqdm.write(f"works in {folder}")
         world, state = begin(cfg)
         log = resume(folder, state)
         for k in tqdm(range(len(log), cfg.iterations), folder.name, disable=RANK > 0 or None):
@@ -1030,8 +1018,7 @@ def train(cfg):
 
 
 def run_folder(cfg):
-    """Named by method, model, seed and a hash of all that the result depends on: the settings, the
-    world's file, and the model's files as they are now."""
+    """Named by method, model, seed, and a hash of settings, world's file and model's files."""
     settings = asdict(cfg)
     for name in ("preset", "seeds", "out", "device", "save_every"):
         del settings[name]
@@ -1051,13 +1038,12 @@ def resume(folder, state):
         getattr(state, name).load_state_dict(saved[name])
     state.bank.entries = json.loads(
         saved["banks"], object_hook=lambda x: Skill(**x) if "golden_workflow" in x else x)[RANK]
-    tqdm.write(f"going on at iteration {len(saved['log'])}: {folder}")
+    tqdm.write(f"going on at iteration {len(saved['log'])}")
     return saved["log"]
 
 
 def evaluate(state, world, cfg, k, line):
-    """{"sampled", "greedy"}: held-out completions, under the plain prompt; 0 of a lost episode. The
-    accuracies go into a line of the log."""
+    """{"sampled", "greedy"}: held-out completions, 0 if lost; the accuracies go into the line."""
     tasks = world.heldout[:None if k == cfg.iterations else 512]         # along the run: of some
     mine = np.array_split(tasks, RANKS)[RANK].tolist()
     result = {}
@@ -1067,7 +1053,7 @@ def evaluate(state, world, cfg, k, line):
                          cfg, None, generator, how == "greedy")
         rewards = sum(gather([t.reward for t in played]), [])
         result[how] = np.nan_to_num(rewards).tolist()
-        line[f"heldout_{how}"] = np.equal(rewards, 1).mean()
+        line[f"heldout_{how}"] = float(np.equal(rewards, 1).mean())
         if RANK == 0:
             tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {k} iterations, {how}: solved "
                        f"{100 * line[f'heldout_{how}']:.1f} % of {len(tasks)}, completion "
@@ -1083,8 +1069,7 @@ def log_line(line, episodes):
     world's counts; shares that were lost, truncated (max_context) or have a skill (skill_share).
     zero_spread_groups: the share of groups with equal rewards, which teach GRPO nothing."""
     rewards = defaultdict(set)                 # of each task
-    columns = defaultdict(list)
-    rows = [line]
+    columns, rows = defaultdict(list), [line]
     for t in episodes:
         row = dict(lost=math.isnan(t.reward), skill_share=t.skill is not None)
         if not row["lost"]:

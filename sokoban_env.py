@@ -599,8 +599,9 @@ def load_world(cfg, least_heldout=1):
     need(module, "make_world", "the module")
     world = module.make_world(cfg)
     need(world, "train heldout make_env", "what make_world returns")
-    if cfg.summarizer == "rules" and cfg.skill_reader != "nobody":
-        need(world, "analyse", "the world, for summarizer='rules',")
+    rules = cfg.summarizer == "rules" and cfg.skill_reader != "nobody"
+    require(not rules or hasattr(world, "analyse"), f"env={cfg.env!r}: the world has no `analyse` "
+            "for summarizer='rules': write one, or give --summarizer self")
     for name, least in ("train", cfg.tasks_per_iteration), ("heldout", least_heldout):
         ids = getattr(world, name)
         require(isinstance(ids, list) and all(isinstance(x, str) for x in ids),
@@ -615,8 +616,6 @@ def load_world(cfg, least_heldout=1):
         require(env.task_id == x, f"{told}.task_id is {env.task_id!r}: must be that of the task")
         require(env is not twin, f"{told} returned one object twice: must be a new one each time")
         text, other = env.reset(), twin.reset()
-        env.close()
-        twin.close()
         require(isinstance(text, str), f"{told}.reset() returned {text!r:.99}: must be a str "
                 "(gymnasium's is a pair, observation and info)")
         require(text == other, f"{told}: two of them begin with {text!r:.60} and {other!r:.60}: a "
@@ -624,6 +623,18 @@ def load_world(cfg, least_heldout=1):
         require(not is_player(cfg.model) or share_read(text, cfg.size) > 0.4,
                 f"model={cfg.model!r}: the small player reads words of Sokoban only, not "
                 f"{text!r:.60}; give a chat model, --model NAME_OR_DIR")
+        observation, _ = ask(env, "step", "", turn=1)          # an answer may be empty
+        ask(env, "completion", turn=1)
+        env.close()
+        twin.close()
+        if rules:
+            skill = world.analyse([
+                {"role": "user", "content": text}, {"role": "assistant", "content": ""},
+                {"role": "user", "content": observation}])
+            require(isinstance(skill, dict) and all(
+                isinstance(skill.get(name), str) for name in SILENT),
+                f"env={cfg.env!r}: analyse returned {skill!r:.99}: must be a dict of the str "
+                f"{', '.join(SILENT)}")
     return world
 
 
@@ -638,7 +649,8 @@ def ask(env, name, *given, turn=0):
         is_pair = isinstance(answer, tuple) and len(answer) == 2
         kinds = [type(x).__name__ for x in answer] if is_pair else []
         require(kinds in (["str", "bool"], ["str", "bool_"]),
-                f"{place} returned {answer!r:.99}, not a pair of a str and a bool")
+                f"{place} returned {answer!r:.99}, not a pair of a str and a bool (gymnasium "
+                "returns five)")
     if name == "completion":
         number = isinstance(answer, numbers.Real)
         require(number and (0 <= answer <= 1 or math.isnan(answer)),

@@ -797,7 +797,7 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     monkeypatch.setattr(tiny[0].config, "max_position_embeddings", 4096)
     state = State(tiny[0], None, None, None, tiny[1], torch.Generator().manual_seed(0))
     (_, one), (_, long), (_, other) = skill_sd.summarize(batch, state, None, cfg)
-    assert one == other == '{"success_analysis": "' and "of 5023 tokens" in long
+    assert one == other == '{"success_analysis": "' and long == "[a transcript of 5023 "
     (((_, _, envs, own, _), episodes),), (((texts, *_), _),) = calls.values()
     assert (own.max_new_tokens, own.temperature, own.max_context) == (5, 0.6, 4096)
     assert [(t.messages[0]["content"], env.system_prompt) for t, env in zip(episodes, envs)] == [
@@ -985,7 +985,7 @@ def test_damaged_files_are_named_and_a_full_disk_leaves_none(tmp_path, name, lef
     ("--summarizer http://x", "summarizer_model=''"), ("--summarizer https//x", "='https//x'"),
     ("--help", f"(default: {Config().summary_tokens})"),
     ("--method opd --lam 0.5", "lam=0.5: method opd means 1.0"),
-    ("--method opd,ppo", "method='ppo': must be all, or of base, skill_sd"),
+    ("--method opd,ppo", "method='ppo': must be one of base, skill_sd"),
     ("--preset huge", "--preset"), ("--max-turns 1.5", "--max-turns"), ("--borrow 2", "--borrow"),
     *[("--device cuda", "device='cuda': no GPU is found")] * (not torch.cuda.is_available()),
     ("--summarizer http://x --summarizer-model m", "OPENAI_API_KEY"),
@@ -1131,7 +1131,9 @@ def chat_model(tmp_path_factory):
     ('return "It is a', 'return str(id(self)) + "It is a', "begin in the same way"),
     ("= task_id, int", "= 'x', int", "task_id is 'x': must be that of the task"),
     ("make_env=Guess", "make_env=lambda x, e=Guess('number 1'): e", "one object twice"),
-    ("analyse=analyse", "", "no `analyse`"), ("def close", "def end", "no `close`"),
+    ("analyse=analyse", "", "write one, or give --summarizer self"),
+    ("analysis=", "analysys=", "must be a dict of the str success_analysis"),
+    ("def close", "def end", "no `close`"),
     ("def make_world", "def make", "no `make_world`"), ("30", "x = 1 / 0", "ZeroDivisionError"),
     ("said = re", "assert 0, re", "Guess.step, task 'number")])
 def test_the_worlds_of_others(old, new, told, tmp_path, chat_model, capsys):
