@@ -21,7 +21,7 @@ that teacher trains the student, which never sees a skill. One iteration:
 
 Part I is the method, to `iteration`; Part II prompts, forward passes, rollout and summarizer; Part
 III settings, runs and table. `python skill_sd.py` runs the demo, whose game and tiny player are in
-sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ from it. Needs: copy it along.
+sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ. Needs: to be copied along.
 """
 import copy
 import inspect
@@ -57,7 +57,7 @@ from sokoban_env import UserError, ask, derived_seed, load, require, save
 # ==== Part I: the method ==========================================================================
 @dataclass
 class Method:
-    """The method's settings and help texts. The values fit the demo's tiny model; see PRESETS."""
+    """The method's settings; comments are help texts. Values fit the demo's tiny model: PRESETS."""
     iterations: int = 60             # the paper runs 180 on Sokoban                    DEVIATION
     tasks_per_iteration: int = 16    # the tasks of a batch                             CHOICE
     group_size: int = 8              # G, rollouts per task                             CHOICE
@@ -65,7 +65,7 @@ class Method:
     lam: float = 0.1                 # lambda, weight of SDL; paper: 0.001 (AppWorld)   DEVIATION
     clip_low: float = 0.2            # eps_l; 0.2 and 0.28 are reported second-hand     CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
-    updates_per_iteration: int = 1   # optimiser steps on each batch; 1 clips nothing   CHOICE
+    updates_per_iteration: int = 1   # optimiser steps on each batch; with 1, r is 1    CHOICE
     lr: float = 1e-3                 # of Adam; 1e-6 is usual for billions of weights   CHOICE
     max_grad_norm: float = 1.0       # gradients are clipped to this norm               CHOICE
     ucb_c: float = 1.0               # c, weight of exploration in UCB                  CHOICE
@@ -74,8 +74,8 @@ class Method:
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: Literal["student", "teacher"] = "student"  # who samples; the teacher with its skill
-    skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # who sees skills in training
-    skill_shown: Literal["own", "other", "empty"] = "own"  # another task's skill, or no words
+    skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # student, nobody: lam is 0
+    skill_shown: Literal["own", "other", "empty"] = "own"  # or another task's, or headings only
     borrow: Literal[0, 1] = 0        # 1: a task without skills is shown another's   DEVIATION
 
 
@@ -96,8 +96,8 @@ Workflow: {golden_workflow}"""                       # S(x) as the teacher reads
 
 class SkillBank:
     """entries: {x: B(x)}. An entry of B(x) has its skill, n(e) as `picks`, reward_sum, and the
-    source_reward of the trajectory that it was written from. The student does not see the skill
-    that its reward is credited to: UCB's statistic is a lagging proxy. Needs: math."""
+    source_reward of the trajectory that it was written from. The credited reward was earned without
+    the skill, which the student does not see: UCB's statistic is a lagging proxy. Needs: math."""
     def __init__(self, c, size=4):
         self.c, self.size, self.entries = c, size, {}
 
@@ -120,7 +120,7 @@ class SkillBank:
 
     def wants(self, task_id, source_reward):
         """CHOICE: a skill may enter if its trajectory beats those of all held ones, or if all were
-        picked twice. If every skill entered, one would always be untried: UCB never decided."""
+        picked twice. If every skill entered, one would be untried, and UCB would never decide."""
         entries = self.entries.get(task_id, [])
         better = all(source_reward > e["source_reward"] for e in entries)
         return better or all(e["picks"] >= 2 for e in entries)
@@ -161,7 +161,7 @@ class Trajectory:
 
 
 # ---- The losses: pure functions of tensors (B, T), to be lifted into any trainer -----------------
-# They need one policy's log-probs: dropout off, or the same in every pass.
+# logp_student and logp_old are one network's, with the same dropout in both passes, or none.
 def token_mean(values, mask, n=None):
     """1/N sum of values (B, T) over the N tokens where mask is set. For a part of a batch, pass the
     whole batch's N as `n`: then values and gradients of the parts add up. Needs: torch."""
@@ -184,7 +184,7 @@ def group_advantages(rewards, group_size, eps=1e-6):
 
 def grpo_loss(logp_student, logp_old, adv, mask, clip_low, clip_high, n=None):
     """-1/N sum min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), without a KL to a reference.
-    adv: (B,), the others (B, T). Padding may hold anything finite. Needs: torch, token_mean."""
+    adv: (B,), the others (B, T). Padding may hold anything. Needs: torch, token_mean."""
     if not logp_student.shape == logp_old.shape == mask.shape == (*adv.shape, mask.shape[-1]):
         raise ValueError(f"logp_student {logp_student.shape}, logp_old {logp_old.shape} and mask "
                          f"{mask.shape} must be (B, T), adv {adv.shape} (B,)")
@@ -222,7 +222,7 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
 def response_logps(model, part, cfg, with_skill=False):
     """(logp, mask), (B, T) each, of the action tokens y_t of B trajectories: log pi(y_t | x, y_<t),
     or log pi(y_t | x + S(x), y_<t). Column j is the j-th action token under either prompt. Needs:
-    torch, cross_entropy, pad_sequence, logits_at, autocast, Trajectory, two settings of cfg."""
+    torch, cross_entropy, pad_sequence, logits_at, autocast, cfg.temperature and .precision."""
     rows, masks = [], []
     for t in part:
         prompt = t.skill_prompt if with_skill else t.prompt
@@ -230,7 +230,7 @@ def response_logps(model, part, cfg, with_skill=False):
         masks.append(torch.tensor([False] * len(prompt) + t.mask))
     ids = pad_sequence(rows, True).to(model.device)                                  # (B, L)
     action = pad_sequence(masks, True).to(model.device)                              # (B, L)
-    before = action.roll(-1, dims=1)           # the positions that predict the action tokens
+    before = action.roll(-1, dims=1)           # what predicts the action tokens; a prompt is first
     with logits_at(before, model), autocast(model, cfg):       # causal: right padding is unseen
         logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
     logp = -cross_entropy(logits / cfg.temperature, ids[action], reduction="none")
@@ -248,12 +248,12 @@ def score(teacher, part, cfg):
 
 
 def update(student, optimizer, parts, teacher_logps, cfg):
-    """Minimise Eq. 14 over the parts of a batch. Returns metrics. If there is one step, then r =
-    rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
+    """Minimise Eq. 14 over the parts of a batch. Returns metrics of the last step. With one step, r
+    = rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
     rewards every token by how much likelier the teacher finds it."""
-    update_mode(student, cfg)                  # no noise: the policy that sampled
-    n_tokens = sum(sum(t.mask) for part in parts for t in part)                      # N
-    n_tokens = np.mean(gather(n_tokens))       # mean over the processes, as gradients are averaged
+    update_mode(student, cfg)                  # dropout off, as when sampling
+    n_mine = sum(sum(t.mask) for part in parts for t in part)
+    n_tokens = np.mean(gather(n_mine))         # N: a mean over processes, as gradients are averaged
     reads_skill = cfg.skill_reader == "student"                # an ablation
     old_logps = []
     for step in range(cfg.updates_per_iteration):
@@ -261,12 +261,12 @@ def update(student, optimizer, parts, teacher_logps, cfg):
         metrics = defaultdict(float)
         for i, part in enumerate(parts):
             logp, mask = response_logps(student, part, cfg, with_skill=reads_skill)
-            if step == 0:                      # log pi_theta_old. DEVIATION: not the sampler's
+            if step == 0:                      # log pi_theta_old. DEVIATION: anew, so that r is 1
                 old_logps.append(logp.detach())
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
             pg = grpo_loss(logp, old_logps[i], adv, mask, cfg.clip_low, cfg.clip_high, n_tokens)
             sdl = 0.0
-            if teacher_logps:
+            if teacher_logps:                  # lam > 0
                 sdl = sdl_loss(logp, teacher_logps[i], old_logps[i], mask, n_tokens)
                 metrics["sdl_loss"] += sdl.item()
                 log_ratio = logp.detach() - teacher_logps[i]
@@ -274,7 +274,7 @@ def update(student, optimizer, parts, teacher_logps, cfg):
             loss = cfg.reward_weight * pg + cfg.lam * sdl      # Eq. 14: L = L_GRPO + lambda L_SDL
             loss.backward()                    # gradients add up over the parts
             metrics["pg_loss"] += pg.item()
-            measure(metrics, part, logp.detach(), old_logps[i], mask, n_tokens, cfg)
+            measure(metrics, part, logp.detach(), old_logps[i], adv, mask, n_tokens, cfg)
         average_gradients(student)             # over the processes
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
         metrics["grad_norm"] = norm.item()
@@ -297,7 +297,8 @@ class State:
 
 
 def iteration(k, state, tasks, world, cfg):
-    """Iteration k, on these task ids, for all METHODS. Returns its episodes, and metrics."""
+    """Iteration k, on these different task ids, for all METHODS. Returns its episodes, and metrics.
+    The world has make_env(x), and analyse for the summarizer that goes by rules."""
     student, teacher, bank = state.student, state.teacher, state.bank
     # 1. theta-bar <- theta. theta_old needs no copy: its log-probs are taken before theta changes
     if cfg.sync_every and k % cfg.sync_every == 0:
@@ -305,11 +306,11 @@ def iteration(k, state, tasks, world, cfg):
 
     # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt
     picks = {x: bank.select(x) for x in tasks}                 # None while B(x) is empty
-    skills = shown_skills(picks, bank, cfg, k)                 # Skill or None; others in controls
+    skills = shown_skills(picks, bank, cfg, k)                 # of the picks; others in controls
     xs = [x for x in tasks for _ in range(cfg.group_size)]     # each task G times
     actor = teacher if cfg.actor == "teacher" else student     # the student, but for an ablation
     episodes = rollout(actor, state.tokenizer, [world.make_env(x) for x in xs], cfg,
-                       [skills[x] for x in xs], state.generator)      # S(x) is rendered for step 4
+                       [skills[x] for x in xs], state.generator)      # rendered for step 4 alone
     assert [t.task_id for t in episodes] == xs, "make_env(x).task_id must be x"
 
     # 3. rewards, group advantages. CHOICE: lost episodes (nan) are left out of all that follows
@@ -466,20 +467,17 @@ def logits_at(positions, model):
 
 
 def micro_batches(batch, max_tokens):
-    """Parts of similar length, of at most max_tokens when padded. Needs: .skill_prompt, .ids."""
-    def length(t):
-        return len(t.skill_prompt + t.ids)
-    parts = [[]]
-    for t in sorted(batch, key=length):
-        if parts[-1] and (len(parts[-1]) + 1) * length(t) > max_tokens:
-            parts.append([])
-        parts[-1].append(t)
-    return parts
+    """Parts of similar length, of at most max_tokens when padded, or one trajectory each. Needs:
+    .skill_prompt and .ids."""
+    batch = sorted(batch, key=lambda t: len(t.skill_prompt + t.ids))
+    longest = len(batch[-1].skill_prompt + batch[-1].ids)
+    size = max(1, max_tokens // longest)
+    return [batch[i:i + size] for i in range(0, len(batch), size)]
 
 
-def measure(metrics, part, logp, logp_old, mask, n, cfg):
-    """Add what the log tells of a part's action tokens, as its share of a mean over n tokens."""
-    adv = torch.tensor([[t.adv] for t in part], device=logp.device)                  # (B, 1)
+def measure(metrics, part, logp, logp_old, adv, mask, n, cfg):
+    """Add what the log tells of a part's action tokens to what it tells of the n of all parts."""
+    adv = adv[:, None]                                                               # (B, 1)
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     is_clipped = (ratio * adv > clipped * adv).float()
@@ -673,13 +671,12 @@ Do not retell the transcript. If it failed, say what to do instead. Completion 1
 
 def shown_skills(picks, bank, cfg, k):
     """{x: S(x)} from UCB's picks {x: entry or None}. Controls (skill_shown): another task's skill,
-    or no words. DEVIATION (borrow): for want of a skill another task's, without credit."""
+    or headings only. DEVIATION (borrow): for want of a skill another task's, without credit."""
     rng = random.Random(derived_seed(cfg.seed, "shown", k))
     shown = {}
     for x, entry in picks.items():
         lender = rng.choice([task for task in bank.entries if task != x] or [None])
-        elsewhere = cfg.borrow if entry is None else cfg.skill_shown == "other"
-        if elsewhere:
+        if (cfg.borrow and entry is None) or (cfg.skill_shown == "other" and entry):
             entry = bank.select(lender)
         shown[x] = entry and entry["skill"]
         if entry and cfg.skill_shown == "empty":
@@ -798,7 +795,7 @@ RANKS = int(os.environ.get("WORLD_SIZE", 1))   # of all of them, under torchrun
 class Config(Method, sokoban_env.Settings):
     """Every setting: the method's, Sokoban's, and these. The command line is made from them. Build
     one with `configure`, which alone applies METHODS and PRESETS, and pass it to `train`."""
-    method: str = "skill_sd"         # of METHODS: one, several after commas, or all
+    method: str = "skill_sd"         # of METHODS; in a shell also several after commas, or all
     preset: Literal["tiny", "scarce", "small", "paper", "appworld"] = "tiny"    # see PRESETS
     seed: int = 0                    # of training levels, warm start, sampling
     seeds: int = 1                   # how many seeds to run, from `seed` on
@@ -828,7 +825,7 @@ class Config(Method, sokoban_env.Settings):
             check(name, getattr(self, name) == value,
                   f"method {self.method} means {value!r}; leave it to configure(method=...)")
         alone = self.reward_weight and self.iterations and self.group_size == 1
-        check("group_size", not alone, "at least 2, as one rollout has no advantage")
+        check("group_size", not alone, "at least 2")
         even = self.tasks_per_iteration % RANKS == 0
         check("tasks_per_iteration", even, f"must be a multiple of {RANKS}, the processes")
         blind = self.skill_reader != "teacher" and (self.actor == "teacher" or self.lam > 0)
@@ -945,15 +942,13 @@ def scoring_gap(model, cfg):
     chunks = [some(k=max([20, *lengths]) - 10), some(k=9)]
     rows = [Trajectory("", None, chunk, chunk, []) for chunk in chunks]
     decoder = Decoder(model.eval(), own, 2)
-    for sizes in (40, 7), (12, 1), (1, 1):     # the rows change places every time
+    for sizes in (40, 7), (12, 1), (1, 1):
         logp = decoder.read(chunks).tolist()
         chunks = [some(k=n) for n in sizes]
         for t, chunk, row in zip(rows, chunks, logp):
             t.ids += chunk
             t.mask += [True] + [False] * (len(chunk) - 1)
             t.logps.append(row[chunk[0]])
-        rows, chunks = rows[::-1], chunks[::-1]
-        decoder.keep([1, 0])
     scored = score(model, rows, own)                                                 # (2, 3)
     return np.abs(scored.tolist() - np.array([t.logps for t in rows])).max()
 
@@ -1011,7 +1006,7 @@ def train(cfg):
         save(folder / "log.jsonl", lines)
         save(finished, result)
     if log and not any(line["skill_share"] for line in log) and cfg.skill_reader != "nobody":
-        tqdm.write("warning: no skill was ever shown, so this was GRPO alone")
+        tqdm.write("warning: no skill was ever shown, so no teacher knew more")
     if sum(line["skills_failed"] - line["skills_written"] for line in log) > 0:
         tqdm.write("warning: most skills failed to parse; use a larger model, or a server")
     return result
@@ -1062,12 +1057,12 @@ def evaluate(state, world, cfg, k, line):
 
 
 def log_line(line, episodes):
-    """A line of log.jsonl. `line` has iteration, heldout_sampled and _greedy (accuracies), seconds,
-    skills_written and _failed; pg_loss, sdl_loss, grad_norm, log_ratio (mean l), clip_fraction,
-    entropy (mean -log pi_old of the sampled tokens) and rollout_gap (from scores: below 1e-4 in
-    float32). Means over the episodes of all processes: reward, success, turns, cut_answers, the
-    world's counts; shares that were lost, truncated (max_context) or have a skill (skill_share).
-    zero_spread_groups: the share of groups with equal rewards, which teach GRPO nothing."""
+    """A line of log.jsonl, of means over all processes. Of `line`: iteration, heldout_sampled and
+    _greedy (accuracies), seconds, skills_written and _failed; pg_loss, sdl_loss, log_ratio (l),
+    grad_norm, clip_fraction, entropy (mean -log pi_old of the sampled tokens) and rollout_gap (to
+    their scores: below 1e-4 in float32). Of the episodes: reward, success, turns, cut_answers, the
+    world's counts; lost, truncated (by max_context) and skill_share. Of the groups:
+    zero_spread_groups, the share with equal rewards, which teach GRPO nothing."""
     rewards = defaultdict(set)                 # of each task
     columns, rows = defaultdict(list), [line]
     for t in episodes:
@@ -1103,7 +1098,7 @@ def average_gradients(model):
 
 # ---- The command line ----------------------------------------------------------------------------
 def print_table(results):
-    """results: {method: [evaluated, per seed]}. ±: 95 % over tasks, or seeds (Student's t)."""
+    """results: {method: [evaluated, per seed]}. ±: 95 % over tasks, or over seeds (t)."""
     rows = defaultdict(list)                                                 # (seeds, 3, tasks)
     for method, runs in results.items():
         for run in runs:
@@ -1117,7 +1112,7 @@ def print_table(results):
     width = max(map(len, rows))
     print(f"\n{len(solved[0])} held-out tasks, {len(runs)} seed(s); percent, ± 95 % interval\n"
           f"{'':{width}}     sampled acc     greedy acc       area")
-    quantiles = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, *[2.26] * 20, 1.96]
+    quantiles = [math.nan, 12.71, 4.30, 3.18, 2.78, *[2.57] * 4, *[2.26] * 20, 1.96]
     for name, values in rows.items():
         values = np.mean(values, 2) if len(runs) > 1 else np.transpose(values[0])
         quantile = quantiles[min(len(values), 30) - 1]
@@ -1129,17 +1124,18 @@ def print_table(results):
 
 
 def look_inside(cfg):
-    """Show an episode of the untrained player, and what student and teacher think at each turn."""
-    (bank,) = load(run_folder(cfg) / "bank.json")
-    if not bank:
-        return
+    """(episode, skill, views) of the untrained player, the best of 8; see sokoban_env.views."""
+    folder = run_folder(cfg)
+    (bank,) = load(folder / "bank.json")
     task = max(bank, key=lambda x: bank[x][-1]["source_reward"])
     skill = Skill(**bank[task][-1]["skill"])
     with sokoban_env.threads_for(cfg.model):
         world, state = begin(cfg)
-        (t,) = rollout(state.student, state.tokenizer, [world.make_env(task)], cfg, [skill],
-                       state.generator)
-        sokoban_env.watch(t, SKILL_TEXT.format(**asdict(skill)), state.student, state.tokenizer)
+        envs = [world.make_env(task) for _ in range(8)]
+        played = rollout(state.student, state.tokenizer, envs, cfg, [skill] * 8, state.generator)
+        t = min(played, key=lambda t: (-t.reward, t.turns))
+        trained = AutoModelForCausalLM.from_pretrained(folder / "student")
+        return t, skill, sokoban_env.views(t, state.student, trained, state.tokenizer)
 
 
 def plan(method="skill_sd", seed=0, **typed):
@@ -1159,7 +1155,7 @@ def main(argv=None):
     typed = Config.parse_args(argv)
     try:
         plans = plan(**typed)
-        cfg = plans[[*plans][-1]][-1]
+        *_, (*_, cfg) = plans.values()
         if RANKS > 1:
             if cfg.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1167,8 +1163,8 @@ def main(argv=None):
         results = {method: [train(cfg) for cfg in runs] for method, runs in plans.items()}
         if RANK == 0:
             print_table(results)
-            if cfg.method == "skill_sd" and cfg.model == "tiny" and RANKS == 1:
-                look_inside(cfg)
+            if cfg.method == "skill_sd" and cfg.model == "tiny" and RANKS == 1 and cfg.iterations:
+                sokoban_env.watch(SKILL_TEXT, *look_inside(cfg))
         if RANKS > 1:
             time.sleep(0.1)                    # gloo's threads may hold tensors still
             torch.distributed.destroy_process_group()

@@ -1026,26 +1026,36 @@ def save_model(folder, model, tokenizer):
         shutil.rmtree(part)
 
 
-def watch(trajectory, skill_text, model, tokenizer):
-    """Print an episode whose answers are one word each, and at every turn what student and teacher
-    think of MOVES: the model under `prompt`, and under `skill_prompt`, which tells the skill."""
+def views(trajectory, untrained, trained, tokenizer):
+    """What student, teacher and trained student think at each turn of an episode whose answers are
+    one word each: [(chances of MOVES, log-prob of what was played)], (turns, 4) and (turns,)."""
     import torch
     t, moves = trajectory, tokenizer.convert_tokens_to_ids([*MOVES])
-    if len(t.logps) != t.turns:                # an answer may have several tokens
-        return
-    views = []
-    for prompt in (t.prompt, t.skill_prompt):
+    found = []
+    for model, prompt in (untrained, t.prompt), (untrained, t.skill_prompt), (trained, t.prompt):
         ids = torch.tensor([prompt + t.ids], device=model.device)
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, len(prompt) - 1:-1]      # these predict t.ids
-        views.append(logits[torch.tensor(t.mask)].log_softmax(-1).tolist())  # (turns, V)
-    print(f"\n{skill_text}\n\n{t.messages[0]['content']}\n\n"
-          "answer         student: up  down  left right  teacher: up  down  left right   log-ratio")
-    answers = [y for y, used in zip(t.ids, t.mask) if used]
-    for message, y, p, q in zip(t.messages[1::2], answers, *views):
-        student = "  ".join(f"{math.exp(p[move]):.2f}" for move in moves)
-        teacher = "  ".join(f"{math.exp(q[move]):.2f}" for move in moves)
-        print(f"{message['content']:<22} {student}          {teacher}{p[y] - q[y]:12.2f}")
+        used = torch.tensor(t.mask)
+        logp = logits.log_softmax(-1).cpu()[used]                            # (turns, V)
+        played = torch.tensor(t.ids)[used]
+        found.append((logp[:, moves].exp().tolist(), logp[range(len(played)), played].tolist()))
+    return found
+
+
+def watch(skill_text, trajectory, skill, views):
+    """Print an episode, and the `views` at each of its turns."""
+    print(f"\nThe teacher has read:\n{skill_text.format(**vars(skill))}\n\n"
+          f"{trajectory.messages[0]['content']}\n\nThe untrained student's answers; the chances "
+          "that it, its teacher and the trained student give the moves;\nl, the log-ratio of the "
+          "first two: SDL makes what was played likelier where it is below 0.\n"
+          f"{'':9}{'student up  down  left right':<30}{'teacher up  down  left right':<30}"
+          f"{'trained up  down  left right':<30}   l")
+    for i, message in enumerate(trajectory.messages[1::2]):
+        row = f"{message['content']:<9}"
+        for chances, _ in views:
+            row += " " * 6 + "  ".join(f"{p:.2f}" for p in chances[i])
+        print(f"{row}{views[0][1][i] - views[1][1][i]:7.2f}")
 
 
 # ---- Play in a terminal --------------------------------------------------------------------------

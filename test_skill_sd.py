@@ -570,7 +570,7 @@ def test_update_follows_eq_14(tiny, tmp_path, reader, size, twice, steps):
     assert metrics == pytest.approx({name: x.item() for name, x in right.items()}, rel=1e-5)
     assert (right["clip_fraction"] > 0) == (steps == 2)
     sizes = [Trajectory("t", None, [], [0] * 10, [], ids=[0] * n) for n in (50, 10, 40, 20, 30)]
-    parts = micro_batches(sizes, 100)          # of 2 * 30, 2 * 50 and 60 tokens
+    parts = micro_batches(sizes, 130)          # of at most 2 * 60 tokens
     assert [[len(t.ids) for t in part] for part in parts] == [[10, 20], [30, 40], [50]]
 
 
@@ -658,11 +658,12 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     assert again == smallest(cfg.out, method="base", iterations=0, model=again.model)    # its own
     assert skill_sd.train(again) == result | dict(curve=[(0, result["curve"][0][1])])
     if method == "skill_sd":                   # a look at what student and teacher think
-        skill_sd.look_inside(cfg)
-        turns = re.findall(r"^(\w+)((?: +[-.\d]+){9})$", capsys.readouterr().out, re.MULTILINE)
+        t, skill, views = skill_sd.look_inside(cfg)
+        sokoban_env.watch(skill_sd.SKILL_TEXT, t, skill, views)
+        turns = re.findall(r"^(\w+)((?: +[-.\d]+){13})$", capsys.readouterr().out, re.MULTILINE)
         for move, row in turns:
             *chances, log_ratio = map(float, row.split())
-            p, q = chances[MOVES.index(move)::4]
+            p, q, _ = chances[MOVES.index(move)::4]
             assert math.log(p / q) == pytest.approx(log_ratio, abs=0.1)
         assert turns
 
@@ -1062,8 +1063,12 @@ def test_the_file_is_in_the_order_that_it_promises():
     named = set(re.findall(r"test_\w+\*?", skill_sd.__doc__)) - {"test_skill_sd"}
     assert len(named) > 7 and all(fnmatch.filter(globals(), pattern) for pattern in named)
     part_1, _ = inspect.getsource(skill_sd).split("# ==== Part II:")
-    lines, first = inspect.getsourcelines(skill_sd.iteration)
-    assert len(lines) <= 50 and first + len(lines) <= part_1.count("\n") < 362
+    lines_of, first = inspect.getsourcelines(skill_sd.iteration)
+    assert len(lines_of) <= 50 and first + len(lines_of) <= part_1.count("\n") < 362
+    starts = [i for i, line in enumerate(inspect.getsource(skill_sd).split("\n"), 1)
+              if line.startswith("# ==== Part")]
+    lines = re.findall(r"\((?:to line|from) (\d+)\)", (HERE / "README.md").read_text())
+    assert [*map(int, lines)] == [first + len(lines_of) - 1, *starts[1:]]
     imported = re.findall(r"^ *(?:import|from) (\w+)", inspect.getsource(sokoban_env), re.MULTILINE)
     assert "torch" in imported and not {*imported} & {path.stem for path in HERE.glob("*.py")}
 
