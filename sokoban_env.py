@@ -417,7 +417,7 @@ class Settings:
     test_levels: int = 2048          # held-out levels; the paper uses 64
     split: Literal["test", "val"] = "test"            # held-out levels; val while tuning
     timid: float = 0.65              # share of moves away from boxes in the play that `tiny` clones
-    warm_demos: int = 24000          # games that the built-in model's warm start learns from
+    warm_demos: int = 36000          # games that the built-in model's warm start learns from
 
     def check(self, name, right, remedy):
         require(right, f"{name}={getattr(self, name)!r}: {remedy}")
@@ -791,7 +791,7 @@ SILENT = dict(success_analysis="", mistake_analysis="", golden_workflow="")
 PLAYER_VERSION = 3               # to be raised with every change that a warm start depends on
 # Chosen on validation levels: games per step, peak learning rate, share of games with notes, and of
 # these how many of his own level, of another, or empty.
-WARM = dict(batch=32, lr=4e-3, noted=0.75, own_other_empty=(6, 3, 1))
+WARM = dict(batch=32, lr=4e-3, noted=0.9, own_other_empty=(3, 2, 5))
 
 TINY_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}"
                  "{% elif m.role == 'assistant' %}<|assistant|>{{ m.content }}<|end|>{% endif %}"

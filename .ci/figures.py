@@ -18,43 +18,42 @@ import skill_sd
 import sokoban_env
 
 OUT = Path(__file__).parent.parent / ".github"
-COLOURS = {"skill_sd": "#d62728", "borrowed": "#ff9f1c", "other_skill": "#9467bd", "grpo": "#1f77b4",
-           "empty_skill": "#7f9fb5", "opd": "#2ca02c"}
-LABELS = {"skill_sd": "Skill-SD", "borrowed": "Skill-SD, borrowing", "grpo": "GRPO", "opd": "SDL alone",
-          "empty_skill": "empty skill", "other_skill": "another's skill"}
+METHODS = {                      # name: label, colour
+    "grpo": ("GRPO", "#1f77b4"), "empty_skill": ("empty skill", "#7f9fb5"),
+    "other_skill": ("another's skill", "#9467bd"), "skill_sd": ("Skill-SD", "#d62728"),
+    "borrowed": ("with borrowing", "#ff9f1c"), "opd": ("SDL alone", "#2ca02c")}
 GREY = "#888888"                 # is read on white and on black
-plt.rcParams |= {"svg.fonttype": "none", "font.size": 11, "axes.edgecolor": GREY, "text.color": GREY,
-                 "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-                 "axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif"}
+plt.rcParams |= {
+    "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif", "axes.edgecolor": GREY,
+    "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "axes.spines.top": False, "axes.spines.right": False}
 
 
 def curves(typed):
     """Held-out accuracy over episodes: means and 95 % bands over the seeds."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.9))
-    names = ["grpo", "empty_skill", "other_skill", "skill_sd", "borrowed", "opd"]
     quantile = {2: 12.71, 3: 4.30, 5: 2.78}.get(typed.get("seeds", 1), np.nan)
     for ax, preset, title in zip(axes, ("scarce", "tiny"), ("scarce reward", "plentiful reward")):
-        plans = skill_sd.plan(**typed | dict(method=",".join(names), preset=preset))
+        plans = skill_sd.plan(**typed | dict(method=",".join(METHODS), preset=preset))
         ends = {}
-        for name in names:
+        for name, (label, colour) in METHODS.items():
             cfg = plans[name][0]
             runs = [skill_sd.train(each)["curve"] for each in plans[name]]
             x = np.array(runs)[0, :, 0] * cfg.tasks_per_iteration * cfg.group_size
             y = 100 * np.array(runs)[:, :, 1]                                # (seeds, points)
             half = quantile * y.std(0, ddof=1) / len(y) ** 0.5
-            ax.plot(x, y.mean(0), color=COLOURS[name], lw=2)
-            ax.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=COLOURS[name], alpha=0.15,
-                            lw=0)
-            ends[name] = y.mean(0)[-1]
+            ax.plot(x, y.mean(0), color=colour, lw=2)
+            ax.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.15, lw=0)
+            ends[label, colour] = y.mean(0)[-1]
         at = -np.inf
-        gap = max(ends.values()) / 16                          # labels keep a distance
-        for name in sorted(ends, key=ends.get):
-            at = max(at + gap, ends[name])
-            ax.annotate(LABELS[name], (x[-1], at), (6, 0), textcoords="offset points", va="center",
-                        color=COLOURS[name], annotation_clip=False)
+        ax.set_ylim(0)
+        gap = ax.get_ylim()[1] / 15                            # labels keep a distance
+        for (label, colour), end in sorted(ends.items(), key=lambda item: item[1]):
+            at = max(at + gap, end)
+            ax.annotate(label, (x[-1], at), (6, 0), textcoords="offset points", va="center",
+                        color=colour, annotation_clip=False)
         ax.set_title(title, color=GREY)
         ax.set_xlabel("episodes")
-        ax.set_ylim(0)
     axes[0].set_ylabel("held-out levels solved, %")
     fig.tight_layout(w_pad=4)
     fig.savefig(OUT / "curves.svg", transparent=True)
@@ -64,8 +63,8 @@ def room(ax, level):
     """One state of a room, as an image."""
     grid = np.zeros((level.height, level.width, 4))
     for cell in range(level.width * level.height):
-        wall = level.walls >> cell & 1
-        grid[divmod(cell, level.width)] = matplotlib.colors.to_rgba("#8d99ae" if wall else "#edf2f4")
+        colour = "#8d99ae" if level.walls >> cell & 1 else "#edf2f4"
+        grid[divmod(cell, level.width)] = matplotlib.colors.to_rgba(colour)
     ax.imshow(grid)
     for mask, style in (level.goals, dict(marker="X", color="#2a9d8f", s=60)), (
             level.boxes, dict(marker="s", color="#c8803a", s=110, alpha=0.9)), (
@@ -82,24 +81,24 @@ def teacher(typed):
     t, skill, views = skill_sd.look_inside(cfg)
     turns = min(t.turns, 6)
     fig, axes = plt.subplots(2, turns, figsize=(1.75 * turns, 3.9), height_ratios=[1.3, 1])
-    groups = zip(("student", "teacher", "student, trained"), views, ("#7f9fb5", "#d62728", "#1f77b4"))
+    groups = zip(("student", "teacher", "trained student"), views, (GREY, "#d62728", "#1f77b4"))
     rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]]
     for i in range(turns):
         room(axes[0, i], rooms[i])
     for j, (name, (chances, _), colour) in enumerate(groups):
         for i in range(turns):
-            axes[1, i].bar(np.arange(4) + 0.27 * (j - 1), chances[i], 0.25, color=colour, label=name)
+            axes[1, i].bar(np.arange(4) + 0.27 * (j - 1), chances[i], 0.25, color=colour,
+                           label=name)
     for i in range(turns):
         ax = axes[1, i]
         l = views[0][1][i] - views[1][1][i]
         ax.set_xticks(range(4), "\u2191\u2193\u2190\u2192")
         ax.set_ylim(0, 1)
         ax.set_yticks([])
-        word = "pull up" if l < 0 else "push down"
         axes[0, i].set_title(f"plays {t.messages[1 + 2 * i]['content']}", color=GREY, fontsize=10)
-        ax.set_xlabel(f"l = {l:+.2f}\nSDL: {word}", fontsize=9)
+        ax.set_xlabel(f"l = {l:+.2f}: SDL\n{'rewards' if l < 0 else 'punishes'} it", fontsize=9)
     axes[1, 0].legend(loc="upper left", fontsize=7, frameon=False, labelcolor=GREY)
-    fig.suptitle(f"The teacher has read: \u201c{skill.golden_workflow}\u201d", color=GREY, fontsize=11)
+    fig.suptitle(f"The teacher has read: {skill.golden_workflow}", color=GREY, fontsize=11)
     fig.tight_layout()
     fig.savefig(OUT / "teacher.svg", transparent=True)
 
