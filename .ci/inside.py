@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What the teacher of the demo knows that its student does not, over a run that is trained anew.
 
-    python .ci/inside.py [--preset scarce] [settings of skill_sd.py]
+    python .ci/inside.py --evals 4 [--preset scarce] [settings of skill_sd.py]      five points
 
 For three kinds of skill, at the states that the student visits under the plain prompt: how often
-the student solves a level when it reads the skill itself; the share of states with a signal,
-KL(student || teacher) above 0.05; the lead, the teacher's chance of a best move less the student's,
-in percentage points, where the notes fit the state and where they do not; and SDL's gradient: its
-norm times lambda over that of GRPO's, and the cosine of the two."""
-import re
+the student solves a level when it reads the skill itself; KL(student || teacher) a turn; the share
+of the sampled tokens in groups with spread where SDL pushes as the reward does, sign(-l) = sign(A);
+the contrast, mean -l of the best moves less that of the others; mean |l| at turns 1, 2, ...; and
+SDL's gradient: its norm times lambda over that of GRPO's, and the cosine of the two."""
 import sys
 import tempfile
 from dataclasses import replace
@@ -32,11 +31,6 @@ def looked_at(t):
             for room in rooms]
 
 
-def mean_lead(gains):
-    """A mean in percentage points, as text."""
-    return f"{100 * np.mean(gains):6.1f}" if gains else "     -"
-
-
 def look(state, world, cfg, k, line, n=64, group=8):
     """Stands in for `evaluate`: prints a line for each kind of skill after k iterations."""
     model = state.student
@@ -53,9 +47,9 @@ def look(state, world, cfg, k, line, n=64, group=8):
         grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         return torch.cat([g.flatten() for g in grads])
 
-    def chances(with_skill):
+    def words(with_skill):
         with torch.no_grad():
-            return vocabulary(model, first, cfg, with_skill)[:, moves].exp()         # (turns, 4)
+            return vocabulary(model, first, cfg, with_skill)                         # (turns, V)
 
     first = play()
     solved = [t.reward == 1 for t in first]
@@ -65,28 +59,32 @@ def look(state, world, cfg, k, line, n=64, group=8):
           f"from a success: {100 * np.mean([t.reward == 1 for t in best]):.0f} %")
     own = [Skill(**sokoban_env.analyse(t.messages)) for t in best]
     kinds = {"own": own, "another's": own[1:] + own[:1], "empty": [Skill("", "", "")] * len(own)}
-    states = [seen for t in first for seen in looked_at(t)]
+    good = []                                  # whether each token sampled is a best move
+    for t in first:
+        for (best_moves, _, _), y in zip(looked_at(t), np.array(t.ids)[t.mask]):
+            good.append(moves.index(y) in best_moves if y in moves else False)
+    good = np.array(good)
+    turn = np.concatenate([np.arange(t.turns) for t in first])
     adv = skill_sd.group_advantages([t.reward for t in first], group).to(model.device)
     logp, mask = response_logps(model, first, cfg)
-    old, p = logp.detach(), chances(with_skill=False)
+    a = adv[:, None].expand_as(mask)[mask].cpu().numpy()
+    old, p = logp.detach(), words(with_skill=False)
     pg = gradient(skill_sd.grpo_loss(logp, old, adv, mask, cfg.clip_low, cfg.clip_high))
     for kind, skills in kinds.items():
         played = play([skill for skill in skills for _ in range(group)])
         for t, shown in zip(first, played):
             t.skill_prompt = shown.skill_prompt
-        q = chances(with_skill=True)
-        kl = (p * (p / q).log()).sum(1)
-        sdl = gradient(skill_sd.sdl_loss(logp, skill_sd.score(model, first, cfg), old, mask))
-        told = [set(re.findall(r"push (\w+)", skill.golden_workflow)) for skill in skills]
-        told = np.repeat(np.repeat(told, group), [t.turns for t in first])
-        fit, other = [], []
-        for (good, level, boxes), words, here, there in zip(states, told, p, q):
-            if good:                           # else the room is lost
-                gains = fit if words and sokoban_env.fits(level, boxes, words) else other
-                gains.append((there[good].sum() - here[good].sum()).item())
-        print(f"  {kind:<10} solves {100 * np.mean([t.reward == 1 for t in played]):5.1f} %   "
-              f"signal {100 * (kl > 0.05).float().mean():3.0f} %   lead {mean_lead(fit)} at the "
-              f"{100 * len(fit) / len(states):3.0f} % that fit, {mean_lead(other)} else   gradient "
+        q = words(with_skill=True)
+        taught = skill_sd.score(model, first, cfg)
+        l = (old - taught)[mask].cpu().numpy()
+        told = (a != 0) & (abs(l) > 0.01)
+        agrees = np.mean(np.sign(-l) == np.sign(a), where=told)
+        contrast = np.mean(-l[good]) - np.mean(-l[~good])
+        turns = " ".join(f"{np.mean(abs(l[turn == i])):.2f}" for i in range(0, 12, 2))
+        sdl = gradient(skill_sd.sdl_loss(logp, taught, old, mask))
+        print(f"  {kind:<10} solves {100 * np.mean([t.reward == 1 for t in played]):5.1f} %   KL "
+              f"{(p.exp() * (p - q)).sum(1).mean():.4f}   agrees {100 * agrees:3.0f} %   contrast "
+              f"{contrast:5.2f}   |l| at turns 1, 3, ..: {turns}   gradient "
               f"{cfg.lam * sdl.norm() / pg.norm():7.3f}, "
               f"cosine {torch.cosine_similarity(pg, sdl, dim=0):6.3f}", flush=True)
     return dict(sampled=solved, greedy=solved)

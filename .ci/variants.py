@@ -6,11 +6,13 @@
     nearest        a task without skills borrows from the nearest task (with --method borrowed)
     random_pick    the bank picks a random skill of the task, not the one of UCB
     newest         the bank picks the newest skill of the task
+    ucb            none; it tells in how many of the picks from several skills UCB decided
     exact          SDL is the KL over the whole vocabulary, not its estimate by sampled tokens
     falling        lambda falls to 0 at half of the run
 
 The table is that of skill_sd.py. The runs are in runs/variants/NAME; --out X: X/variants/NAME.
 """
+import atexit
 import sys
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -22,7 +24,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import skill_sd
-from skill_sd import begin, shown_skills, update
+from skill_sd import SkillBank, begin, iteration, shown_skills, update
+
+select = SkillBank.select
 
 
 def nearest(world, state, cfg):
@@ -55,17 +59,31 @@ def nearest(world, state, cfg):
 
 
 def random_pick(world, state, cfg):
-    def select(bank, task):
+    def pick(bank, task):
         entries = bank.entries.get(task, [None])
         picks = sum(e["picks"] for e in entries if e)          # an interrupted run draws the same
         return entries[skill_sd.derived_seed(cfg.seed, task, picks) % len(entries)]
-    skill_sd.SkillBank.select = select
+    SkillBank.select = pick
 
 
 def newest(world, state, cfg):
-    def select(bank, task):
+    def pick(bank, task):
         return bank.entries.get(task, [None])[-1]
-    skill_sd.SkillBank.select = select
+    SkillBank.select = pick
+
+
+def ucb(world, state, cfg):
+    seen = []
+
+    def counting(bank, task):
+        tried = [e["picks"] > 0 for e in bank.entries.get(task, [])]
+        if tried:
+            seen.append(len(tried) > 1 and all(tried))
+        return select(bank, task)
+    SkillBank.select = counting
+    if cfg.iterations:
+        atexit.register(lambda: print(f"{cfg.method}, seed {cfg.seed}: UCB decided {sum(seen)} of "
+                                      f"{len(seen)} picks"))
 
 
 def vocabulary(model, part, cfg, with_skill=False):
@@ -92,8 +110,6 @@ def exact(world, state, cfg):
 
 
 def falling(world, state, cfg):
-    iteration = skill_sd.iteration
-
     def with_less(k, state, tasks, world, cfg):
         left = max(0.0, 1 - 2 * k / cfg.iterations)
         return iteration(k, state, tasks, world,
@@ -103,7 +119,7 @@ def falling(world, state, cfg):
 
 def main():
     variants = dict(nearest=nearest, random_pick=random_pick, newest=newest, exact=exact,
-                    falling=falling)
+                    falling=falling, ucb=ucb)
     if len(sys.argv) < 2 or sys.argv[1] not in variants:
         sys.exit(f"usage: variants.py {'|'.join(variants)} [settings of skill_sd.py]")
     name = sys.argv.pop(1)
