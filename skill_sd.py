@@ -319,8 +319,8 @@ def iteration(k, state, tasks, world, cfg):
     for t, adv in zip(episodes, advantages.tolist()):
         t.adv = adv
     batch = [t for t in episodes if not math.isnan(t.reward)]
-    require(batch, f"every episode was lost, the first with {episodes[0].counts} after a prompt of "
-            f"{len(episodes[0].prompt)} tokens; {cfg.max_context=}")
+    require(batch, f"process {RANK} lost every episode, the first with {episodes[0].counts}; its "
+            f"prompt has {len(episodes[0].prompt)} tokens, {cfg.max_context=}: raise it?")
 
     # 4. the teacher re-scores the same tokens under x + S(x)
     parts = micro_batches(batch, cfg.micro_batch_tokens)
@@ -537,13 +537,15 @@ class Decoder:
 
 
 # ---- Rollout: on-policy, multi-turn, token ids in and token ids out ------------------------------
-THINKING = r"(?i)[<\[\u25c1]%s(?:seed:)?(?:think(?:ing)?|thought|reasoning)[>\]\u25b7]"
+DRAFT = r"(?:think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad)\b[^<>\n]*[>\]\u25b7]"
+OPENS = rf"(?i)[<\[\u25c1]\|?(?:seed:|start_|begin_of_)?{DRAFT}|<\|?channel\|?>(?:thought|analysis)"
+CLOSES = rf"(?i)[<\[\u25c1]\|?(?:/|/seed:|end_|end_of_){DRAFT}|<channel\|>|<\|channel\|>final[^>]*>"
 
 
 def spoken(answer):
-    """An answer without the drafts in its thinking, closed or not. Needs: re, THINKING."""
-    said = re.split(THINKING % "/", answer)[-1]
-    return re.split(THINKING % "", said)[0]
+    """An answer without the drafts in its thinking, closed or not. Needs: re, OPENS, CLOSES."""
+    said = re.split(CLOSES, answer)[-1]
+    return re.split(OPENS, said)[0]
 
 
 def sample_answers(decoder, logp, eos_ids, cfg, generator, greedy):
@@ -590,9 +592,9 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     render = cache(chat.prompt)                # many are equal
     follow = cache(chat.next_turn)
     eos_ids = chat.eos_ids | {*np.ravel(model.generation_config.eos_token_id)}     # one or several
-    added = tokenizer.added_tokens_decoder     # of these, marks of thinking are shown
+    added = tokenizer.added_tokens_decoder     # marks that a reader needs are shown
     unseen = {i for i in added if added[i].special and not re.search(
-        THINKING % "/?", added[i].content)}
+        "(?i)thought|think|reason|channel|message|answer", added[i].content)}
     limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens  # 2: a blank line
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
     each = map
@@ -625,8 +627,8 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
         answers, logps = sample_answers(decoder, logp, eos_ids, cfg, generator, greedy)
         texts = []
         for ids in answers:
-            shown = [y for y in ids if y not in unseen]
-            text = tokenizer.decode(shown, clean_up_tokenization_spaces=False)
+            seen = [y for y in ids if y not in unseen]
+            text = tokenizer.decode(seen, clean_up_tokenization_spaces=False)
             texts.append(chat.prefill + text)
         steps = list(each(
             lambda pair, text: ask(pair[1], "step", spoken(text), turn=pair[0].turns + 1),
@@ -732,7 +734,7 @@ def ask_student(texts, student, tokenizer, cfg, generator):
 
 def ask_server(text, cfg, timeout=60):
     """An OpenAI-compatible server's answer, or after three tries the reason why there is none."""
-    url = cfg.summarizer.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    url = cfg.summarizer.rstrip("/") + "/chat/completions"
     body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
         {"role": "system", "content": SUMMARIZER_PROMPT}, {"role": "user", "content": text}])
     headers = {"Content-Type": "application/json", "User-Agent": "skill-sd"}
@@ -787,7 +789,7 @@ def parse_skill(text):
 
 
 # ==== Part III: the program =======================================================================
-CODE = derived_seed(Path(__file__).read_text())                # this version of the file
+CODE = derived_seed(Path(__file__).read_text("utf-8"))                # this version of the file
 RANK = int(os.environ.get("RANK", 0))          # the number of this process, and
 RANKS = int(os.environ.get("WORLD_SIZE", 1))   # of all of them, under torchrun
 
@@ -841,7 +843,7 @@ class Config(Method, sokoban_env.Settings):
             check("summarizer", served, "rules, self, or a server http://HOST/v1")
             check("summarizer_model", self.summarizer_model, "one of the server's")
             key = os.environ.get("OPENAI_API_KEY", "").strip()
-            check("summarizer", key.isascii() and key.isprintable(), "OPENAI_API_KEY: not ASCII")
+            check("summarizer", key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a line")
 
 
 METHODS = {
@@ -860,8 +862,7 @@ METHODS = {
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, evals=0,
             micro_batch_tokens=16384, lam=0.001)               # the paper's best on AppWorld
 PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_batch=16)
-PRESETS = {      # of the paper: model, boxes, levels, turns, iterations, lam; the rest is CHOICE
-    "tiny": {},                                # easy levels: many rollouts are rewarded
+PRESETS = {      # tiny: see Config. Of the paper: model, boxes, levels, turns, iterations, lam
     "scarce": dict(min_moves=5, max_moves=12, max_turns=16, timid=0.86, tasks_per_iteration=4,
                    group_size=4, iterations=160, lr=5e-4, adam_eps=3e-4),    # tuned on split val
     "small": CHAT | dict(model="Qwen/Qwen2.5-0.5B-Instruct", iterations=100, max_turns=20,
@@ -881,7 +882,7 @@ def configure(method="skill_sd", **typed):
     path = Path(typed.get("model", "tiny")) / "skill_sd.json"
     if path.exists() and "preset" not in typed:
         left_out = {"method", "out", "device", "save_every"}.union(*METHODS.values())
-        for name, value in json.loads(path.read_text()).items():
+        for name, value in load(path).items():
             if name in Config.__dataclass_fields__ and name not in left_out:
                 saved[name] = value
     preset = "tiny" if sokoban_env.is_player(typed.get("model", "tiny")) else "small"
@@ -915,18 +916,18 @@ def load_model(cfg, world):
         gap = scoring_gap(model, cfg)
     except Exception as error:                 # each library, and each architecture, has its own
         raise UserError(f"{told} cannot be loaded and played on {cfg.device}; give the folder or "
-                        "name of an instruct model of plain attention. "
+                        "name of an instruct model of plain attention, delete a broken warm start. "
                         f"{type(error).__name__}: {' '.join(str(error).split()):.150}") from error
     missing = sorted(found["missing_keys"])    # unused ones are normal; the library tells them
     text = model.config.get_text_config()
     window = getattr(text, "max_position_embeddings", cfg.max_context)
     embedded = model.get_input_embeddings().num_embeddings
     require(not missing, f"{told}: {len(missing)} weights are missing, as {missing[:1]}")
-    require(tokenizer.is_fast and len(tokenizer) <= embedded,
-            f"{told}: needs a fast tokenizer of at most {embedded} ids, has {len(tokenizer)}")
+    require(tokenizer.is_fast and len(tokenizer) <= embedded, f"{told}: {tokenizer.is_fast=}, "
+            f"{len(tokenizer)=}: needs a fast tokenizer of at most {embedded} ids")
     require(cfg.max_context <= window, f"max_context={cfg.max_context}: {told} reads only {window}")
     require(gap < 1e-3, f"{told} does not score what it samples: log-probs differ by {gap:.2g}. It "
-            "counts padding, looks ahead, or is recurrent; use a model of plain causal attention")
+            "counts padding, looks ahead, is recurrent, or (nan) broken; use a plain causal model")
     eos = model.generation_config.eos_token_id                 # others may refuse to be saved
     model.generation_config = GenerationConfig(eos_token_id=eos)
     return model, tokenizer
@@ -937,20 +938,21 @@ def scoring_gap(model, cfg):
     through the cache, and at once, in float32. One of them grows beyond the model's windows."""
     own = replace(cfg, precision="float32")
     text = model.config.get_text_config()
-    named = re.findall(r'(?:window|original_max)\w*": (\d+)', text.to_json_string(use_diff=False))
-    lengths = [int(n) for n in named if int(n) < cfg.max_context]        # at which things change
+    names = r'(?:window|original_max|chunk|local)\w*": (\d+)'
+    found = map(int, re.findall(names, text.to_json_string(use_diff=False)))
+    border = max([40, *(n for n in found if n < cfg.max_context)])       # where things change
     some = partial(random.Random(0).choices, range(text.vocab_size))
-    chunks = [some(k=max([20, *lengths]) - 10), some(k=9)]
+    chunks = [some(k=border - 10), some(k=border - 30)]
     rows = [Trajectory("", None, chunk, chunk, []) for chunk in chunks]
     decoder = Decoder(model.eval(), own, 2)
-    for sizes in (40, 7), (12, 1), (1, 1):
+    for sizes in (7, 40), *[(1, 1)] * 19:
         logp = decoder.read(chunks).tolist()
         chunks = [some(k=n) for n in sizes]
         for t, chunk, row in zip(rows, chunks, logp):
             t.ids += chunk
             t.mask += [True] + [False] * (len(chunk) - 1)
             t.logps.append(row[chunk[0]])
-    scored = score(model, rows, own)                                                 # (2, 3)
+    scored = score(model, rows, own)                                                 # (2, 20)
     return np.abs(scored.tolist() - np.array([t.logps for t in rows])).max()
 
 
@@ -1018,8 +1020,8 @@ def run_folder(cfg):
     settings = asdict(cfg)
     for name in ("preset", "seeds", "out", "device", "save_every"):
         del settings[name]
-    world = Path(sokoban_env.world_file(cfg.env)).read_text()
-    weights = sorted(path.stat().st_mtime for path in Path(cfg.model).glob("*"))
+    world = Path(sokoban_env.world_file(cfg.env)).read_text("utf-8")
+    weights = sorted(path.stat().st_ctime for path in Path(cfg.model).glob("*"))
     key = derived_seed(json.dumps([settings, RANKS, world, weights])) % 16**6
     return Path(cfg.out) / f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}-{key:06x}"
 
@@ -1049,6 +1051,7 @@ def evaluate(state, world, cfg, k, line):
                          cfg, None, generator, how == "greedy")
         rewards = sum(gather([t.reward for t in played]), [])
         result[how] = np.nan_to_num(rewards).tolist()
+        require(not np.isnan(rewards).all(), f"every held-out episode was lost; {cfg.max_context=}")
         line[f"heldout_{how}"] = float(np.equal(rewards, 1).mean())
         if RANK == 0:
             tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {k} iterations, {how}: solved "
@@ -1170,7 +1173,7 @@ def main(argv=None):
             time.sleep(0.1)                    # gloo's threads may hold tensors still
             torch.distributed.destroy_process_group()
     except (UserError, OSError) as error:      # all others are bugs
-        sys.exit(f"error: {error}")
+        sys.exit(" ".join(f"error: {error}".split())[:300])
 
 
 if __name__ == "__main__":

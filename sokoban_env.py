@@ -495,7 +495,7 @@ def parse_action(text):
     tagged = [inside for _, opened, inside in closed if opened]
     if not tagged and "<answer>" in text:
         unclosed = text.strip().removesuffix("<answer>").rpartition("<answer>")[2]
-        tagged = [re.split(r"\n|</", unclosed.strip())[0]]      # a closing tag may have a slip
+        tagged = [re.split(r"[\n<\[]", unclosed.strip())[0]]   # a closing tag may have a slip
     said = tagged[-1] if tagged else text
     words = re.findall(r"(?<![a-z])(up|down|left|right)(?![a-z])", said)
     filler = ("up|down|left|right|then|and|push|move|go|first|next|step|the|box|to|it|once|twice|"
@@ -581,9 +581,10 @@ def world_file(env):
     if env.endswith(".py"):
         return env if os.path.isfile(env) else None
     try:
-        return importlib.util.find_spec(env).origin
+        path = importlib.util.find_spec(env).origin
     except (ImportError, AttributeError, ValueError):
         return None
+    return path if path and path.endswith(".py") else None
 
 
 def load_world(cfg, least_heldout=1):
@@ -593,7 +594,12 @@ def load_world(cfg, least_heldout=1):
         for name in names.split():
             require(hasattr(thing, name), f"env={cfg.env!r}: {what} has no `{name}`")
     if cfg.env.endswith(".py"):
-        module = SimpleNamespace(**runpy.run_path(cfg.env, run_name=Path(cfg.env).stem))
+        folder = str(Path(cfg.env).absolute().parent)
+        sys.path.insert(0, folder)             # for what it imports
+        try:
+            module = SimpleNamespace(**runpy.run_path(cfg.env, run_name=Path(cfg.env).stem))
+        finally:
+            sys.path.remove(folder)
     else:
         module = importlib.import_module(cfg.env)
     need(module, "make_world", "the module")
@@ -609,12 +615,18 @@ def load_world(cfg, least_heldout=1):
         require(len(ids) >= least and len({*ids}) == len(ids),
                 f"env={cfg.env!r}: len(world.{name})={len(ids)}, {len({*ids})} of them different: "
                 f"must be all, and at least {least}" + " (tasks_per_iteration)" * (name == "train"))
+    prefills = set()
     for x in world.train[0], world.heldout[0]:
         env, twin = world.make_env(x), world.make_env(x)
         told = f"env={cfg.env!r}: make_env({x!r})"
         need(env, "task_id system_prompt reset step completion close", "what make_env returns")
         require(env.task_id == x, f"{told}.task_id is {env.task_id!r}: must be that of the task")
         require(env is not twin, f"{told} returned one object twice: must be a new one each time")
+        prefills |= {getattr(env, "prefill", ""), getattr(twin, "prefill", "")}
+        require(isinstance(env.system_prompt, str) and env.system_prompt == twin.system_prompt,
+                f"{told}.system_prompt={env.system_prompt!r:.99}: must be a str, always the same")
+        require(len(prefills) == 1 and isinstance([*prefills][0], str),
+                f"{told}.prefill: {prefills}: must be one str for all environments")
         text, other = env.reset(), twin.reset()
         require(isinstance(text, str), f"{told}.reset() returned {text!r:.99}: must be a str "
                 "(gymnasium's is a pair, observation and info)")
@@ -1006,8 +1018,9 @@ def load(path, code=None):
             print(f"{path} is of another version of skill_sd.py", flush=True)
         return data
     except Exception as error:                 # a damaged pickle raises anything
-        raise UserError(f"{path} is damaged ({error!r:.99}); delete it, and the same command goes "
-                        "on from what is left") from error
+        remedy = path.parent if path.name == "bank.json" else path
+        raise UserError(f"{path} is damaged ({error!r:.60}); delete {remedy}, and the same command "
+                        "goes on from what is left") from error
 
 
 def save_model(folder, model, tokenizer):
@@ -1016,14 +1029,13 @@ def save_model(folder, model, tokenizer):
     if not is_first():
         return
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
     try:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
         os.replace(part, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(part)
+    except Exception as error:                 # safetensors has its own
+        shutil.rmtree(part, ignore_errors=True)
+        require(folder.exists(), f"{folder} cannot be written: {error}; is the disk full?")
 
 
 def views(trajectory, untrained, trained, tokenizer):

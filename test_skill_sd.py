@@ -466,11 +466,14 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
     assert told.match("reset, task 'up', turn 0: KeyError") and told.value.__cause__.__traceback__
 
 
-@pytest.mark.parametrize("mark", ["<%sthink>", "[%sTHINK]", "<%sseed:think>", "<%sthought>",
-                                  "\u25c1%sthink\u25b7", "<%sreasoning>"])
-def test_no_world_plays_a_draft(mark, monkeypatch):
+@pytest.mark.parametrize("begin, end", [
+    *((mark % "", mark % "/") for mark in ("<%sthink>", "[%sTHINK]", "<%sseed:think>",
+                                           "<%sthought>", "\u25c1%sthink\u25b7", "<%sreasoning>")),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")])
+def test_no_world_plays_a_draft(begin, end, monkeypatch):
     """Also where the marks are special tokens: the transcript keeps these, and no others."""
-    begin, end = mark % "", mark % "/"
     tokenizer = sokoban_env.tiny_tokenizer(6)
     tokenizer.add_tokens([AddedToken(x, special=True) for x in (begin, end)])
     model, env = sokoban_env.tiny_model(tokenizer, 0), world(["up"] * 4)
@@ -904,12 +907,16 @@ def weights_of(folder, change):
     ("Llama", {}, lambda w: w["model.norm.weight"].fill_(math.nan), "differ by nan"),
     ("Llama", {}, lambda w: w["model.norm.weight"].fill_(2.0), ""),
     ("Llama", dict(max_position_embeddings=1000), None, "max_context=1024: model="),
-    ("Llama", dict(vocab_size=300), None, "a fast tokenizer of at most 300 ids, has 341"),
+    ("Llama", dict(vocab_size=300), None, "len(tokenizer)=341: needs a fast tokenizer of at most"),
     ("Mistral", dict(sliding_window=40, num_key_value_heads=4), None, ""),
     ("Bert", {}, None, "does not score what it samples"),      # looks ahead
     ("Mpt", dict(d_model=32, n_heads=4, n_layers=2), None, "does not score what it samples"),
     ("Doge", dict(keep_window_size=16), None, "does not score what it samples"),
     ("Mamba", dict(state_size=4), None, "cannot be loaded and played on cpu"),
+    ("GPTNeo", dict(attention_types=[[["local"], 2]], window_size=64, num_layers=2, num_heads=4),
+     None, "does not score what it samples"),
+    ("Llama4Text", dict(attention_chunk_size=300, num_local_experts=2, head_dim=8, layer_types=[
+        "chunked_attention"] * 2, num_key_value_heads=4), None, "does not score what it samples"),
     ("Phi3", dict(original_max_position_embeddings=64, rope_parameters=dict(
         rope_type="longrope", short_factor=[1.0] * 4, long_factor=[40.0] * 4, rope_theta=1e4,
         original_max_position_embeddings=64)), None, "does not score what it samples")])
@@ -1086,7 +1093,8 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
         return (model + ("What worked" in prompt) * torch.arange(5)).log_softmax(-1)[y]
     def your_loss(logp, old, rewards, mask):
         return names["grpo_loss"](logp, old, names["group_advantages"](rewards, 2), mask, 0.2, 0.28)
-    names = dict(THINKING=skill_sd.THINKING, json=json, math=math, re=re, torch=torch, model=model,
+    names = dict(OPENS=skill_sd.OPENS, CLOSES=skill_sd.CLOSES, json=json, math=math, re=re,
+                 torch=torch, model=model,
                  asdict=dataclasses.asdict, dataclass=dataclasses.dataclass, sample=sample,
                  SKILL_TEXT=skill_sd.SKILL_TEXT, tasks=[("t", "go")] * 3, score=score,
                  your_loss=your_loss, write_up=lambda text: SAID)
@@ -1194,7 +1202,7 @@ def test_environment_reads_tolerantly_counts_and_ends():
             ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3), ("<answer>up then left", 0),
             ("<answer>not up but left</answer>", 2), ("<answer>up<answer>", 0),
             ("so <answer>up\nnot left", 0), ("<answer>1. up, 2. left</answer>", 0),
-            ("<answer>left</anwser> since it is on the right", 2),
+            ("<answer>left</anwser> since it is on the right", 2), ("<answer>up<answer/> left", 0),
             ("<answer>right (push the box to e4), down</answer>", 3)):
         assert parse_action(text) == move
     env = SokobanEnv(parse_level("#######\n#@ $.*#\n#######"), max_turns=5)

@@ -55,7 +55,7 @@ def shrink(config):
 
 
 def gap(model, tokenizer, cfg):
-    """The largest difference between what is sampled and what the update scores, in ragged games."""
+    """The largest difference between what is sampled and what the update scores."""
     def world(lengths):
         texts = iter([" up" * n for n in lengths])
         return SimpleNamespace(
