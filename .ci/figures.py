@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The pictures of the README, from finished runs (needs matplotlib, which nothing else does).
+"""The pictures and tables of the README and of .github/results.md, from finished runs.
 
-    python .ci/figures.py [--out runs] [--seed 10 --seeds 5]     writes .github/*.svg
+    python .ci/figures.py [--out runs] [--seed 10 --seeds 5]     needs matplotlib, as nothing else
 
-The runs are those of the commands in .github/results.md; they are read, and made where missing."""
+It writes .github/*.svg and prints the tables. Runs are read, and made where they are missing."""
 import sys
 from pathlib import Path
 
@@ -29,10 +29,47 @@ plt.rcParams |= {
     "axes.spines.top": False, "axes.spines.right": False}
 
 
+ALL = ["base", *METHODS, "skill_grpo", "frozen", "off_policy_frozen", "off_policy"]
+QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+
+def results(typed, preset, names):
+    """{name: (seeds, 3) percent: sampled and greedy accuracy at the end, area under the curve}."""
+    plans = skill_sd.plan(**typed | dict(method=",".join(names), preset=preset))
+    found = {}
+    for name in names:
+        runs = [skill_sd.train(cfg) for cfg in plans[name]]
+        found[name] = 100 * np.array([
+            [np.equal(run["sampled"], 1).mean(), np.equal(run["greedy"], 1).mean(),
+             np.mean([y for _, y in run["curve"]])] for run in runs])
+    return found
+
+
+def interval(values):
+    """Mean and 95 % interval (Student's t) of each column, as text."""
+    half = QUANTILES.get(len(values), np.nan) * values.std(0, ddof=1) / len(values) ** 0.5
+    return [f"{mean:.1f} ±{x:.1f}" for mean, x in zip(values.mean(0), half)]
+
+
+def tables(typed):
+    for preset, names in ("scarce", ALL), ("tiny", ["base", *METHODS]):
+        found = results(typed, preset, names)
+        print(f"\n{preset}\n|method|sampled|greedy|area|gain over grpo: sampled|area|\n|---|" +
+              "---|" * 5)
+        for name, values in found.items():
+            gain = interval(values - found["grpo"])
+            row = [*interval(values), gain[0], gain[2]]
+            print("|".join(["", name, *(row[:3] + [""] * 2 if name == "grpo" else row), ""]))
+        for a, b in (("empty_skill", "grpo"), ("skill_sd", "empty_skill"),
+                     ("skill_sd", "other_skill"), ("borrowed", "skill_sd")):
+            end, _, area = interval(found[a] - found[b])
+            print(f"{a} - {b}: sampled {end}, area {area}")
+
+
 def curves(typed):
     """Held-out accuracy over episodes: means and 95 % bands over the seeds."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.9))
-    quantile = {2: 12.71, 3: 4.30, 5: 2.78}.get(typed.get("seeds", 1), np.nan)
+    quantile = QUANTILES.get(typed.get("seeds", 1), np.nan)
     for ax, preset, title in zip(axes, ("scarce", "tiny"), ("scarce reward", "plentiful reward")):
         plans = skill_sd.plan(**typed | dict(method=",".join(METHODS), preset=preset))
         ends = {}
@@ -107,6 +144,7 @@ def main():
     typed = dict(seed=10, seeds=5) | skill_sd.Config.parse_args()
     curves(typed)
     teacher(typed)
+    tables(typed)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import skill_sd
-from half import runs
 
-# What differs from `scarce`: timid 0.9, 16 episodes an iteration, 160 iterations, 5 to 12 moves.
+# What differs from `scarce`: timid 0.86, 16 episodes an iteration, 160 iterations, 5 to 12 moves.
 POINTS = {
     "scarce": {},
     "timid 0.72": dict(timid=0.72),
@@ -32,8 +31,10 @@ METHODS = "base", "grpo", "skill_sd"
 def main():
     typed = skill_sd.Config.parse_args()
     typed.pop("method", None)
-    found = {point: [runs(method, dict(preset="scarce") | settings | typed) for method in METHODS]
-             for point, settings in POINTS.items()}
+    found = {}
+    for point, settings in POINTS.items():
+        plans = skill_sd.plan(",".join(METHODS), **dict(preset="scarce") | settings | typed)
+        found[point] = [[skill_sd.train(cfg) for cfg in plans[method]] for method in METHODS]
     n = typed.get("seeds", 1)
     quantile = {2: 12.71, 3: 4.30, 5: 2.78}.get(n, math.nan)
     print(f"\n{n} seed(s), percent of the held-out levels\n{'':28}base     grpo     "
