@@ -21,7 +21,7 @@ that teacher trains the student, which never sees a skill. One iteration:
 
 Part I is the method, to `iteration`; Part II prompts, forward passes, rollout and summarizer; Part
 III settings, runs and table. `python skill_sd.py` runs the demo, whose game and tiny player are in
-sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ. Needs: to be copied along.
+sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ. Needs: what to copy with it.
 """
 import copy
 import inspect
@@ -57,7 +57,7 @@ from sokoban_env import UserError, ask, derived_seed, load, require, save
 # ==== Part I: the method ==========================================================================
 @dataclass
 class Method:
-    """The method's settings; comments are help texts. Values fit the demo's tiny model: PRESETS."""
+    """The method's settings; comments are help texts. The values fit the demo; see PRESETS."""
     iterations: int = 60             # the paper runs 180 on Sokoban                    DEVIATION
     tasks_per_iteration: int = 16    # the tasks of a batch                             CHOICE
     group_size: int = 8              # G, rollouts per task                             CHOICE
@@ -74,7 +74,7 @@ class Method:
     # What METHODS, in Part III, sets for ablations, controls and our own additions:
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
-    actor: Literal["student", "teacher"] = "student"  # who samples; the teacher with its skill
+    actor: Literal["student", "teacher"] = "student"  # who samples; a teacher reads its skill
     skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # student, nobody: lam is 0
     skill_shown: Literal["own", "other", "empty"] = "own"  # or another task's, or headings only
     borrow: Literal[0, 1] = 0        # 1: a task without skills is shown another's   DEVIATION
@@ -121,7 +121,7 @@ class SkillBank:
 
     def wants(self, task_id, source_reward):
         """CHOICE: a skill may enter if its trajectory beats those of all held ones, or if all were
-        picked twice. If every skill entered, one would be untried, and UCB would never decide."""
+        picked twice. If every visit added one, an untried one would go first: UCB never decided."""
         entries = self.entries.get(task_id, [])
         better = all(source_reward > e["source_reward"] for e in entries)
         return better or all(e["picks"] >= 2 for e in entries)
@@ -162,7 +162,7 @@ class Trajectory:
 
 
 # ---- The losses: pure functions of tensors (B, T), to be lifted into any trainer -----------------
-# logp_student and logp_old are one network's, with the same dropout in both passes, or none.
+# Compute logp_student and logp_old with dropout off, else rho is not 1 at theta_old.
 def token_mean(values, mask, n=None):
     """1/N sum of values (B, T) over the N tokens where mask is set. For a part of a batch, pass the
     whole batch's N as `n`: then values and gradients of the parts add up. Needs: torch."""
@@ -177,7 +177,7 @@ def group_advantages(rewards, group_size, eps=1e-6):
     exactly 0 for nan, for equal rewards and in a group of one. Needs: math, torch."""
     assert len(rewards) % group_size == 0, f"{len(rewards)} rewards: no multiple of {group_size=}"
     r = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)           # (tasks, G)
-    r = r - r.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # less the least: equal ones are 0
+    r = r - r.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # equal rewards become exact zeros
     deviation = r - r.nanmean(1, keepdim=True)
     std = deviation.square().nanmean(1, keepdim=True).sqrt()
     return (deviation / (std + eps)).nan_to_num(0.0).flatten().float()
@@ -231,7 +231,7 @@ def response_logps(model, part, cfg, with_skill=False):
         masks.append(torch.tensor([False] * len(prompt) + t.mask))
     ids = pad_sequence(rows, True).to(model.device)                                  # (B, L)
     action = pad_sequence(masks, True).to(model.device)                              # (B, L)
-    before = action.roll(-1, dims=1)           # what predicts the action tokens; a prompt is first
+    before = action.roll(-1, dims=1)           # j predicts j + 1; column 0, the prompt's, wraps
     with logits_at(before, model), autocast(model, cfg):       # causal: right padding is unseen
         logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
     logp = -cross_entropy(logits / cfg.temperature, ids[action], reduction="none")
@@ -249,12 +249,12 @@ def score(teacher, part, cfg):
 
 
 def update(student, optimizer, parts, teacher_logps, cfg):
-    """Minimise Eq. 14 over the parts of a batch. Returns metrics of the last step. With one step, r
-    = rho = 1, and the gradient of L is exactly -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL
-    rewards every token by how much likelier the teacher finds it."""
+    """Minimise Eq. 14 over parts, lists of trajectories; teacher_logps: one (B, T) each, or none if
+    lam is 0. Returns metrics of the last step. In the first one, r = rho = 1, and the gradient of L
+    is -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL is a reward of -lambda l per token."""
     update_mode(student, cfg)                  # dropout off, as when sampling
     n_mine = sum(sum(t.mask) for part in parts for t in part)
-    n_tokens = np.mean(gather(n_mine))         # N: a mean over processes, as gradients are averaged
+    n_tokens = np.mean(gather(n_mine))         # N / RANKS: averaging gradients divides by RANKS too
     reads_skill = cfg.skill_reader == "student"                # an ablation
     old_logps = []
     for step in range(cfg.updates_per_iteration):
@@ -267,7 +267,7 @@ def update(student, optimizer, parts, teacher_logps, cfg):
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
             pg = grpo_loss(logp, old_logps[i], adv, mask, cfg.clip_low, cfg.clip_high, n_tokens)
             sdl = 0.0
-            if teacher_logps:                  # lam > 0
+            if teacher_logps:
                 sdl = sdl_loss(logp, teacher_logps[i], old_logps[i], mask, n_tokens)
                 metrics["sdl_loss"] += sdl.item()
                 log_ratio = logp.detach() - teacher_logps[i]
@@ -298,20 +298,20 @@ class State:
 
 
 def iteration(k, state, tasks, world, cfg):
-    """Iteration k, on these different task ids, for all METHODS. Returns its episodes, and metrics.
-    The world has make_env(x), and analyse for the summarizer that goes by rules."""
+    """Iteration k, on different task ids (str) of the world. Returns its episodes, and metrics."""
     student, teacher, bank = state.student, state.teacher, state.bank
     # 1. theta-bar <- theta. theta_old needs no copy: its log-probs are taken before theta changes
     if cfg.sync_every and k % cfg.sync_every == 0:
         teacher.load_state_dict(student.state_dict())
 
-    # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt
+    # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt. What
+    # the skills are given for is skill_prompt, which only the teacher reads (but for ablations)
     picks = {x: bank.select(x) for x in tasks}                 # None while B(x) is empty
-    skills = shown_skills(picks, bank, cfg, k)                 # of the picks; others in controls
+    skills = shown_skills(picks, bank, cfg, k)                 # the picks'; others in controls
     xs = [x for x in tasks for _ in range(cfg.group_size)]     # each task G times
     actor = teacher if cfg.actor == "teacher" else student     # the student, but for an ablation
     episodes = rollout(actor, state.tokenizer, [world.make_env(x) for x in xs], cfg,
-                       [skills[x] for x in xs], state.generator)      # rendered for step 4 alone
+                       [skills[x] for x in xs], state.generator)
     assert [t.task_id for t in episodes] == xs, "make_env(x).task_id must be x"
 
     # 3. rewards, group advantages. CHOICE: lost episodes (nan) are left out of all that follows
@@ -877,7 +877,7 @@ PRESETS = {      # tiny: see Config. Of the paper: model, boxes, levels, turns, 
 
 def configure(method="skill_sd", **typed):
     """A run's Config, as in train(configure(method="grpo", preset="scarce", iterations=20)).
-    Precedence: METHODS, `typed`, what a trained model's folder says, PRESETS."""
+    Precedence: `typed`, which must not contradict METHODS, a trained model's folder, PRESETS."""
     saved = {}
     path = Path(typed.get("model", "tiny")) / "skill_sd.json"
     if path.exists() and "preset" not in typed:
@@ -928,11 +928,11 @@ def load_model(cfg, world):
     require(cfg.max_context <= window, f"max_context={cfg.max_context}: {told} reads only {window}")
     require(gap < 1e-3, f"{told} does not score what it samples: log-probs differ by {gap:.2g}. It "
             "counts padding, looks ahead, is recurrent, or (nan) broken; use a plain causal model")
-    eos = model.generation_config.eos_token_id                 # others may refuse to be saved
-    model.generation_config = GenerationConfig(eos_token_id=eos)
-    return model, tokenizer
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return model, tokenizer                    # its other generation settings might not be saved
 
 
+@torch.no_grad()
 def scoring_gap(model, cfg):
     """The largest difference between log-probs of tokens of two ragged conversations that are read
     through the cache, and at once, in float32. One of them grows beyond the model's windows."""
