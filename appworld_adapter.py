@@ -64,6 +64,7 @@ DOWNLOAD = ("export APPWORLD_ROOT=SOME_FOLDER && "
 class AppWorldError(OSError):
     """AppWorld is not where the settings say, or no server came up, or one was lost. Only reset()
     and noop_score() let it out."""
+    told = True                # in one line, without a traceback
 
 
 # ---- where AppWorld is, and its tasks ------------------------------------------------------------

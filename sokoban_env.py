@@ -47,6 +47,7 @@ LETTERS = "UDLR"
 
 class UserError(ValueError):
     """A mistake that the user can mend: a program tells it in one line, without a traceback."""
+    told = True
 
 
 def require(right, told):
@@ -627,7 +628,7 @@ def load_world(cfg, least_heldout=1):
                 f"{told}.system_prompt={env.system_prompt!r:.99}: must be a str, always the same")
         require(len(prefills) == 1 and isinstance([*prefills][0], str),
                 f"{told}.prefill: {prefills}: must be one str for all environments")
-        text, other = env.reset(), twin.reset()
+        text, other = ask(env, "reset"), ask(twin, "reset")
         require(isinstance(text, str), f"{told}.reset() returned {text!r:.99}: must be a str "
                 "(gymnasium's is a pair, observation and info)")
         require(text == other, f"{told}: two of them begin with {text!r:.60} and {other!r:.60}: a "
@@ -637,8 +638,8 @@ def load_world(cfg, least_heldout=1):
                 f"{text!r:.60}; give a chat model, --model NAME_OR_DIR")
         observation, _ = ask(env, "step", "", turn=1)          # an answer may be empty
         ask(env, "completion", turn=1)
-        env.close()
-        twin.close()
+        ask(env, "close")
+        ask(twin, "close")
         if rules:
             skill = world.analyse([
                 {"role": "user", "content": text}, {"role": "assistant", "content": ""},
@@ -651,16 +652,18 @@ def load_world(cfg, least_heldout=1):
 
 
 def ask(env, name, *given, turn=0):
-    """env.name(*given), checked. An error of the world's own keeps its traceback, and its place."""
+    """env.name(*given), checked. An error of the world's own keeps its traceback, and tells where;
+    one that is `told` is told as it is."""
     place = f"{type(env).__name__}.{name}, task {env.task_id!r}, turn {turn}:"
     try:
         answer = getattr(env, name)(*given)
     except Exception as error:
+        if getattr(error, "told", False):
+            raise
         raise RuntimeError(f"{place} {type(error).__name__}: {error}") from error
     if name == "step":
-        is_pair = isinstance(answer, tuple) and len(answer) == 2
-        kinds = [type(x).__name__ for x in answer] if is_pair else []
-        require(kinds in (["str", "bool"], ["str", "bool_"]),
+        is_pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)
+        require(is_pair and type(answer[1]).__name__ in ("bool", "bool_"),
                 f"{place} returned {answer!r:.99}, not a pair of a str and a bool (gymnasium "
                 "returns five)")
     if name == "completion":
