@@ -1081,10 +1081,8 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(skill_sd.__file__)                          # importing prints and trains nothing
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
-    entry, loop, _, line, code = python_of_readme()
-    cfg = smallest(tmp_path.parent)
-    exec(re.sub("cfg = .*|from .*", "", entry), dict(cfg=cfg, train=skill_sd.train))
-    exec(re.sub("cfg = .*", "", loop), dict(skill_sd=skill_sd, cfg=cfg))
+    entry, _, line, code = python_of_readme()
+    exec(re.sub("cfg = .*", "", entry), dict(cfg=smallest(tmp_path.parent)))
     model, y = torch.zeros(5, requires_grad=True), torch.tensor([[0, 1], [2, 3]])
     def sample(model, prompt):
         old = score(model, prompt, y).detach()
@@ -1143,7 +1141,7 @@ def chat_model(tmp_path_factory):
 def test_the_worlds_of_others(old, new, told, tmp_path, chat_model, capsys):
     """The README's is played, learnt from, and its edits make another run. Wrong ones are told."""
     path = tmp_path / "guess.py"
-    text = python_of_readme()[2].replace(old, new) if old != "30" else f"{new}\n"
+    text = python_of_readme()[1].replace(old, new) if old != "30" else f"{new}\n"
     path.write_text(text)
     words = ("--max-new-tokens 4 --iterations 2 --tasks-per-iteration 15 --group-size 2 --device "
              "cpu --precision float32 --summarizer rules --save-every 1 --env")
