@@ -1091,7 +1091,7 @@ def test_pieces_can_be_lifted_out(tmp_path, monkeypatch, capsys):
         return (model + ("What worked" in prompt) * torch.arange(5)).log_softmax(-1)[y]
     def your_loss(logp, old, rewards, mask):
         return names["grpo_loss"](logp, old, names["group_advantages"](rewards, 2), mask, 0.2, 0.28)
-    names = dict(OPENS=skill_sd.OPENS, CLOSES=skill_sd.CLOSES, json=json, math=math, re=re,
+    names = dict(OPENS=skill_sd.OPENS, CLOSES=skill_sd.CLOSES, json=json, math=math, re=re, lam=0.1,
                  torch=torch, model=model,
                  asdict=dataclasses.asdict, dataclass=dataclasses.dataclass, sample=sample,
                  SKILL_TEXT=skill_sd.SKILL_TEXT, tasks=[("t", "go")] * 3, score=score,
@@ -1128,7 +1128,7 @@ def chat_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("old, new, told", [
-    ("", "", ""), ("=ids[1::2]", "=range(9)", "world.heldout=range(0, 9): must be a list of str"),
+    ("", "", ""), ("heldout=ids", "heldout=range(9)", "world.heldout=range(0, 9): must be a list of str"),
     ('return "It is a', 'return 1, "It is a', "must be a str (gymnasium's is a"),
     ('return "It is a', 'return str(id(self)) + "It is a', "begin in the same way"),
     ("= task_id, int", "= 'x', int", "task_id is 'x': must be that of the task"),
@@ -1155,12 +1155,12 @@ def test_the_worlds_of_others(old, new, told, tmp_path, chat_model, capsys):
     path.write_text(text + "\n")
     main(*words, "--model", str(chat_model))
     out = capsys.readouterr().out
-    assert "20 held-out tasks" in out and "no skill was ever shown" not in out
+    assert "40 held-out tasks" in out and "no skill was ever shown" not in out
     banks = [json.loads(x.read_text()) for x in tmp_path.glob("skill_sd*/bank.json")]
     assert len(banks) == 2 and banks[0] == banks[1]
     for bank in banks[0]:
         for entry in bank.values():
-            assert entry[0]["skill"]["golden_workflow"].startswith("At the end it said My guess: ")
+            assert entry[0]["skill"]["golden_workflow"].startswith("The last guess: My guess: ")
     with pytest.raises(SystemExit, match="reads words of Sokoban only"):
         main(*words)
 
