@@ -1131,10 +1131,10 @@ def look_inside(cfg):
     """(episode, skill, views) of the untrained player, the best of 8; see sokoban_env.views."""
     folder = run_folder(cfg)
     (bank,) = load(folder / "bank.json")
-    task = max(bank, key=lambda x: bank[x][-1]["source_reward"])
-    skill = Skill(**bank[task][-1]["skill"])
     with sokoban_env.threads_for(cfg.model):
         world, state = begin(cfg)
+        task = next(x for x in world.train if x in bank)       # the easiest
+        skill = Skill(**bank[task][-1]["skill"])
         envs = [world.make_env(task) for _ in range(8)]
         played = rollout(state.student, state.tokenizer, envs, cfg, [skill] * 8, state.generator)
         t = min(played, key=lambda t: (-t.reward, t.turns))

@@ -80,13 +80,13 @@ def curves(typed):
             y = 100 * np.array(runs)[:, :, 1]                                # (seeds, points)
             half = quantile * y.std(0, ddof=1) / len(y) ** 0.5
             ax.plot(x, y.mean(0), color=colour, lw=2)
-            ax.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.15, lw=0)
+            ax.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.1, lw=0)
             ends[label, colour] = y.mean(0)[-1]
-        at = -np.inf
         ax.set_ylim(0)
         gap = ax.get_ylim()[1] / 15                            # labels keep a distance
-        for (label, colour), end in sorted(ends.items(), key=lambda item: item[1]):
-            at = max(at + gap, end)
+        at = np.inf
+        for (label, colour), end in sorted(ends.items(), key=lambda item: -item[1]):
+            at = min(at - gap, max(end, 0))
             ax.annotate(label, (x[-1], at), (6, 0), textcoords="offset points", va="center",
                         color=colour, annotation_clip=False)
         ax.set_title(title, color=GREY)
@@ -117,7 +117,7 @@ def teacher(typed):
     skill_sd.train(cfg)
     t, skill, views = skill_sd.look_inside(cfg)
     turns = min(t.turns, 6)
-    fig, axes = plt.subplots(2, turns, figsize=(1.75 * turns, 3.9), height_ratios=[1.3, 1])
+    fig, axes = plt.subplots(2, turns, figsize=(max(5.5, 1.75 * turns), 4.2), height_ratios=[1.3, 1])
     groups = zip(("student", "teacher", "trained student"), views, (GREY, "#d62728", "#1f77b4"))
     rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]]
     for i in range(turns):
@@ -134,9 +134,11 @@ def teacher(typed):
         ax.set_yticks([])
         axes[0, i].set_title(f"plays {t.messages[1 + 2 * i]['content']}", color=GREY, fontsize=10)
         ax.set_xlabel(f"l = {l:+.2f}: SDL\n{'rewards' if l < 0 else 'punishes'} it", fontsize=9)
-    axes[1, 0].legend(loc="upper left", fontsize=7, frameon=False, labelcolor=GREY)
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncol=3, fontsize=9, frameon=False,
+               labelcolor=GREY)
     fig.suptitle(f"The teacher has read: {skill.golden_workflow}", color=GREY, fontsize=11)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(OUT / "teacher.svg", transparent=True)
 
 
