@@ -66,7 +66,7 @@ def conversations(rows, length, share):
 def learn(model, teacher, optimizer, batch, cfg):
     """What an iteration does with a micro-batch."""
     teacher_logps = [skill_sd.score(teacher, batch, cfg)]
-    skill_sd.update(model, optimizer, [batch], teacher_logps, cfg.lam, cfg)
+    skill_sd.update(model, optimizer, [batch], teacher_logps, cfg)
 
 
 def measure(phase, precision, share):
