@@ -1007,6 +1007,11 @@ def test_a_method_stands_over_what_is_typed_and_that_over_a_preset(tmp_path):
     assert configure(**parse_args([])) == configure() == Config()
     assert all(configure(preset=name) for name in skill_sd.PRESETS)
     assert configure(env="appworld_adapter").preset == "appworld"
+    for typed, told in (                       # by hand, too
+            (dict(lam="0.1"), "lam='0.1': must be of type float"), (dict(seeds=1.5), "seeds=1.5: "),
+            (dict(actor="nobody"), "actor='nobody': must be one of"), (dict(preset="x"), "='x': "),
+            (dict(method="grpo"), r"lam=0.1: method grpo means 0.0; leave it to configure\(met")):
+        pytest.raises(UserError, Config, **typed).match(told)
     cfg = configure("grpo", model="x", prefill="go")
     assert (cfg.preset, cfg.max_new_tokens, cfg.prefill, cfg.lam) == ("small", 16, "go", 0.0)
     (tmp_path / "skill_sd.json").write_text(json.dumps(vars(configure(preset="scarce"))))
@@ -1128,7 +1133,7 @@ def chat_model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("old, new, told", [
-    ("", "", ""), ("heldout=ids", "heldout=range(9)", "world.heldout=range(0, 9): must be a list of str"),
+    ("", "", ""), ("heldout=ids", "heldout=range(9)", "world.heldout=range(0, 9): must be a list"),
     ('return "It is a', 'return 1, "It is a', "must be a str (gymnasium's is a"),
     ('return "It is a', 'return str(id(self)) + "It is a', "begin in the same way"),
     ("= task_id, int", "= 'x', int", "task_id is 'x': must be that of the task"),
