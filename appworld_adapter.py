@@ -80,11 +80,11 @@ def appworld_data():
     data = Path(value).absolute() / "data"
     if not value or not (data / "datasets").is_dir() or not (data / "tasks").is_dir():
         raise AppWorldError(f"APPWORLD_ROOT={value!r} has no data/datasets and data/tasks; "
-                         f"run: {DOWNLOAD}")
+                            f"run: {DOWNLOAD}")
     version = data / "version.txt"
     if version.exists() and version.read_text().strip() != DATA_VERSION:
         raise AppWorldError(f"APPWORLD_ROOT={value!r} holds data of version "
-                         f"{version.read_text().strip()!r}, not {DATA_VERSION}; run: {DOWNLOAD}")
+                            f"{version.read_text().strip()!r}, not {DATA_VERSION}; run: {DOWNLOAD}")
     return data
 
 
