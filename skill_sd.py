@@ -204,8 +204,7 @@ def sdl_loss(logp_student, logp_teacher, logp_old, mask, n=None):
         d(rho * k3) / dlogp_student = rho * l
     Example, rho = 1 and l = -1, 0, 1: loss (0.718 + 0 + 0.368) / 3, gradient [-1/3, 0, 1/3].
     Returns float64, as exp(-l) soon overflows float32. Needs: torch, token_mean."""
-    shape = len(mask), mask.shape[-1]
-    if not logp_student.shape == logp_teacher.shape == logp_old.shape == mask.shape == shape:
+    if len({x.shape for x in (logp_student, logp_teacher, logp_old, mask)}) > 1 or mask.dim() != 2:
         raise ValueError(f"logp_student {logp_student.shape}, logp_teacher {logp_teacher.shape}, "
                          f"logp_old {logp_old.shape} and mask {mask.shape} must all be (B, T)")
     logp = logp_student.detach().double()
@@ -377,8 +376,8 @@ class Chat:
         self.eos_ids = {tokenizer.eos_token_id}
         if self.end_ids and self.end_ids[0] in added.values():
             self.eos_ids.add(self.end_ids[0])  # the template's own token that ends a turn
-        blanks = " \t\r\n\u2581"               # runs of them do no harm
-        self.control = {i for token, i in added.items() if len(token.strip(blanks)) > 1}
+        # Runs of blanks, and single characters, do no harm.
+        self.control = {i for token, i in added.items() if len(token.strip(" \t\r\n\u2581")) > 1}
 
     def cut(self, *roles):
         """The template's texts before, between and after the contents of a conversation."""
@@ -734,14 +733,14 @@ def ask_student(texts, student, tokenizer, cfg, generator):
 
 def ask_server(text, cfg, timeout=60):
     """An OpenAI-compatible server's answer, or after three tries the reason why there is none."""
-    url = cfg.summarizer.rstrip("/") + "/chat/completions"
+    url = cfg.summarizer.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     body = dict(model=cfg.summarizer_model, max_tokens=cfg.summary_tokens, messages=[
         {"role": "system", "content": SUMMARIZER_PROMPT}, {"role": "user", "content": text}])
     headers = {"Content-Type": "application/json", "User-Agent": "skill-sd"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"        # local servers need none
     request.add_unredirected_header("Authorization", f"Bearer {key}")
-    for wait in (1, 4, 0):
+    for wait in 1, 4, 0:
         said, reason, end = b"", "no text", time.monotonic() + timeout
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
@@ -767,7 +766,7 @@ def parse_skill(text):
     # The last string ends before another key or the object's end, not at a quote within it.
     strings += r'(?=\s*,\s*"\w+"\s*:|[\s,]*(?:[}`][^"]*)?$)'
     pieces = []
-    for part in (spoken(text), text):          # what follows the thinking, else everything
+    for part in spoken(text), text:          # what follows the thinking, else everything
         starts = [brace.start() for brace in re.finditer(r"\{", part)]
         pieces += [part[start:] for start in reversed(starts[-100:])]
         for found in re.finditer(strings, part):
@@ -792,6 +791,7 @@ def parse_skill(text):
 CODE = derived_seed(Path(__file__).read_text("utf-8"))                # this version of the file
 RANK = int(os.environ.get("RANK", 0))          # the number of this process, and
 RANKS = int(os.environ.get("WORLD_SIZE", 1))   # of all of them, under torchrun
+QUANTILES = [math.nan, 12.71, 4.30, 3.18, 2.78, *[2.57] * 4, *[2.26] * 20, 1.96]     # of t, n - 1
 
 
 @dataclass
@@ -819,6 +819,7 @@ class Config(Method, sokoban_env.Settings):
     summarizer: str = "rules"        # rules (the world's analyst), self, or http://HOST/v1
     summarizer_model: str = ""       # the model to ask for there; key in OPENAI_API_KEY
     summary_tokens: int = 400        # longest answer of a summarizing language model   CHOICE
+    may_be_0 = "seed", "iterations", "sync_every", "evals"     # of the whole numbers
 
     def __post_init__(self):
         super().__post_init__()                # types, choices and ranges
@@ -827,6 +828,7 @@ class Config(Method, sokoban_env.Settings):
         for name, value in METHODS[self.method].items():
             check(name, getattr(self, name) == value,
                   f"method {self.method} means {value!r}; leave it to configure(method=...)")
+        check("temperature", self.temperature > 0, "must be above 0")
         alone = self.reward_weight and self.iterations and self.group_size == 1
         check("group_size", not alone, "at least 2")
         even = self.tasks_per_iteration % RANKS == 0
@@ -919,8 +921,7 @@ def load_model(cfg, world):
                         "name of an instruct model of plain attention, delete a broken warm start. "
                         f"{type(error).__name__}: {' '.join(str(error).split()):.150}") from error
     missing = sorted(found["missing_keys"])    # unused ones are normal; the library tells them
-    text = model.config.get_text_config()
-    window = getattr(text, "max_position_embeddings", cfg.max_context)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", cfg.max_context)
     embedded = model.get_input_embeddings().num_embeddings
     require(not missing, f"{told}: {len(missing)} weights are missing, as {missing[:1]}")
     require(tokenizer.is_fast and len(tokenizer) <= embedded, f"{told}: {tokenizer.is_fast=}, "
@@ -1116,10 +1117,9 @@ def print_table(results):
     width = max(map(len, rows))
     print(f"\n{len(solved[0])} held-out tasks, {len(runs)} seed(s); percent, ± 95 % interval\n"
           f"{'':{width}}     sampled acc     greedy acc       area")
-    quantiles = [math.nan, 12.71, 4.30, 3.18, 2.78, *[2.57] * 4, *[2.26] * 20, 1.96]
     for name, values in rows.items():
         values = np.mean(values, 2) if len(runs) > 1 else np.transpose(values[0])
-        quantile = quantiles[min(len(values), 30) - 1]
+        quantile = QUANTILES[min(len(values), 30) - 1]
         halves = quantile * values.std(0, ddof=1) / len(values) ** 0.5
         text = f"{name:<{width}}"
         for mean, half in zip(values.mean(0), halves):

@@ -328,7 +328,7 @@ def distances(level, max_moves=None, state_limit=2_000_000):
                         before[origin, pulled] = None
         if len(found) > state_limit:
             raise UserError(f"state_limit={state_limit} reached: this room has too many states; "
-                             "use a smaller size, fewer boxes or a smaller max_moves")
+                            "use a smaller size, fewer boxes or a smaller max_moves")
         frontier, depth = list(before), depth + 1
     return found
 
@@ -369,19 +369,19 @@ def generate_levels(n, seed, size=6, boxes=2, min_moves=1, max_moves=20, exclude
     goal. Equal arguments give equal lists on every machine."""
     if not 4 <= size <= 26 or boxes < 1 or 2 * boxes + 1 > (size - 2) ** 2:
         raise UserError(f"size={size}, boxes={boxes}: a room of that size (4 to 26, walls "
-                         "included) must hold the player, the boxes and as many free goals")
+                        "included) must hold the player, the boxes and as many free goals")
     if not 1 <= min_moves <= max_moves:
         raise UserError(f"min_moves={min_moves}, max_moves={max_moves}: "
-                         "1 <= min_moves <= max_moves")
+                        "1 <= min_moves <= max_moves")
     rng, levels, misses = random.Random(seed), [], 0
     seen = {canonical(level) for level in exclude}
     while len(levels) < n:
         misses += 1
         if misses > 2000:
             raise UserError(f"no further level with size={size}, boxes={boxes}, "
-                             f"min_moves={min_moves}, max_moves={max_moves} in 2000 rooms "
-                             f"(have {len(levels)} of n={n}): "
-                             "widen the range of moves, enlarge the room or ask for fewer")
+                            f"min_moves={min_moves}, max_moves={max_moves} in 2000 rooms "
+                            f"(have {len(levels)} of n={n}): "
+                            "widen the range of moves, enlarge the room or ask for fewer")
         room = random_room(rng, size, boxes)
         if room is None:
             continue
@@ -420,13 +420,13 @@ class Settings:
     timid: float = 0.65              # share of moves away from boxes in the play that `tiny` clones
     warm_demos: int = 36000          # games that the built-in model's warm start learns from
 
+    may_be_0 = ("seed",)             # of the whole numbers; the others are at least 1
+
     def check(self, name, right, remedy):
         require(right, f"{name}={getattr(self, name)!r}: {remedy}")
 
     def __post_init__(self):
-        """UserError unless each field has its type, is one of its choices, and finite; whole
-        numbers are at least 1 but for some."""
-        may_be_0 = "seed", "iterations", "sync_every", "evals"
+        """UserError unless each field has its type, is one of its choices, and finite."""
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
             accepted = {int: int, float: (int, float), str: (str, Path)}[kind]
@@ -434,9 +434,8 @@ class Settings:
             self.check(f.name, isinstance(value, accepted), f"must be of type {kind.__name__}")
             self.check(f.name, value in choices, f"must be one of {choices}")
             if kind is not str and not get_args(f.type) and value != f.default:
-                least = int(kind is int and f.name not in may_be_0)
+                least = int(kind is int and f.name not in self.may_be_0)
                 self.check(f.name, least <= value < math.inf, f"must be finite, >= {least}")
-                self.check(f.name, value or f.name != "temperature", "must be above 0")
             setattr(self, f.name, kind(value))                 # a Path becomes a str
 
     @classmethod
@@ -787,7 +786,7 @@ def demonstrations(n, seed, size=6, boxes=2, max_moves=20, max_turns=40, exclude
         misses += 1
         if misses > 2000:
             raise UserError(f"size={size}, boxes={boxes}: in 2000 rooms none is left for "
-                             "demonstrations; enlarge the room or use fewer levels")
+                            "demonstrations; enlarge the room or use fewer levels")
         if room is None or empty(room) in taken:
             continue
         misses, table = 0, distances(room)

@@ -27,33 +27,35 @@ plt.rcParams |= {
     "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif", "axes.edgecolor": GREY,
     "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.spines.top": False, "axes.spines.right": False}
-
-
 ALL = ["base", *METHODS, "skill_grpo", "frozen", "off_policy_frozen", "off_policy"]
-QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 
-def results(typed, preset, names):
-    """{name: (seeds, 3) percent: sampled and greedy accuracy at the end, area under the curve}."""
+def finished(typed, preset, names):
+    """{name: [result of each seed]}, and the number of episodes in an iteration."""
     plans = skill_sd.plan(**typed | dict(method=",".join(names), preset=preset))
-    found = {}
-    for name in names:
-        runs = [skill_sd.train(cfg) for cfg in plans[name]]
-        found[name] = 100 * np.array([
-            [np.equal(run["sampled"], 1).mean(), np.equal(run["greedy"], 1).mean(),
-             np.mean([y for _, y in run["curve"]])] for run in runs])
-    return found
+    cfg = plans[names[0]][0]
+    results = {name: [skill_sd.train(cfg) for cfg in plans[name]] for name in names}
+    return results, cfg.tasks_per_iteration * cfg.group_size
+
+
+def half_width(values):
+    """Half of the 95 % interval (Student's t) of the means over the first axis, the seeds."""
+    quantile = skill_sd.QUANTILES[len(values) - 1]
+    return quantile * values.std(0, ddof=1) / len(values) ** 0.5
 
 
 def interval(values):
-    """Mean and 95 % interval (Student's t) of each column, as text."""
-    half = QUANTILES.get(len(values), np.nan) * values.std(0, ddof=1) / len(values) ** 0.5
-    return [f"{mean:.1f} ±{x:.1f}" for mean, x in zip(values.mean(0), half)]
+    """Mean and 95 % interval of each column, as text."""
+    return [f"{mean:.1f} ±{x:.1f}" for mean, x in zip(values.mean(0), half_width(values))]
 
 
-def tables(typed):
-    for preset, names in ("scarce", ALL), ("tiny", ["base", *METHODS]):
-        found = results(typed, preset, names)
+def tables(runs):
+    for preset, (results, _) in runs.items():
+        found = {}                             # (seeds, 3) percent: accuracies at the end, area
+        for name, of_method in results.items():
+            found[name] = 100 * np.array([
+                [np.equal(run["sampled"], 1).mean(), np.equal(run["greedy"], 1).mean(),
+                 np.mean([y for _, y in run["curve"]])] for run in of_method])
         print(f"\n{preset}\n|method|sampled|greedy|area|gain over grpo: sampled|area|\n|---|" +
               "---|" * 5)
         for name, values in found.items():
@@ -66,19 +68,16 @@ def tables(typed):
             print(f"{a} - {b}: sampled {end}, area {area}")
 
 
-def curves(typed):
+def curves(runs):
     """Held-out accuracy over episodes: means and 95 % bands over the seeds."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.9))
-    quantile = QUANTILES.get(typed.get("seeds", 1), np.nan)
-    for ax, preset, title in zip(axes, ("scarce", "tiny"), ("scarce reward", "plentiful reward")):
-        plans = skill_sd.plan(**typed | dict(method=",".join(METHODS), preset=preset))
+    titles = "scarce reward", "plentiful reward"
+    for ax, (results, episodes), title in zip(axes, runs.values(), titles):
         ends = {}
         for name, (label, colour) in METHODS.items():
-            cfg = plans[name][0]
-            runs = [skill_sd.train(each)["curve"] for each in plans[name]]
-            x = np.array(runs)[0, :, 0] * cfg.tasks_per_iteration * cfg.group_size
-            y = 100 * np.array(runs)[:, :, 1]                                # (seeds, points)
-            half = quantile * y.std(0, ddof=1) / len(y) ** 0.5
+            points = np.array([run["curve"] for run in results[name]])       # (seeds, points, 2)
+            x, y = points[0, :, 0] * episodes, 100 * points[:, :, 1]
+            half = half_width(y)
             ax.plot(x, y.mean(0), color=colour, lw=2)
             ax.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.1, lw=0)
             ends[label, colour] = y.mean(0)[-1]
@@ -117,7 +116,8 @@ def teacher(typed):
     skill_sd.train(cfg)
     t, skill, views = skill_sd.look_inside(cfg)
     turns = min(t.turns, 6)
-    fig, axes = plt.subplots(2, turns, figsize=(max(5.5, 1.75 * turns), 4.2), height_ratios=[1.3, 1])
+    size = max(5.5, 1.75 * turns), 4.2
+    fig, axes = plt.subplots(2, turns, figsize=size, height_ratios=[1.3, 1])
     groups = zip(("student", "teacher", "trained student"), views, (GREY, "#d62728", "#1f77b4"))
     rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]]
     for i in range(turns):
@@ -144,9 +144,11 @@ def teacher(typed):
 
 def main():
     typed = dict(seed=10, seeds=5) | skill_sd.Config.parse_args()
-    curves(typed)
+    runs = {"scarce": finished(typed, "scarce", ALL),
+            "tiny": finished(typed, "tiny", ["base", *METHODS])}
+    curves(runs)
     teacher(typed)
-    tables(typed)
+    tables(runs)
 
 
 if __name__ == "__main__":

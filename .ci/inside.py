@@ -23,12 +23,11 @@ from skill_sd import Skill, response_logps
 from variants import vocabulary
 
 
-def looked_at(t):
-    """[(best moves, level, boxes)] at every turn of a trajectory."""
+def best_moves(t):
+    """The best moves at every turn of a trajectory."""
     rooms = [sokoban_env.room_in(m["content"]) for m in t.messages[::2]][:t.turns]
     table = sokoban_env.distances(rooms[0])
-    return [(sokoban_env.best_moves(rooms[0], room.player, room.boxes, table), rooms[0], room.boxes)
-            for room in rooms]
+    return [sokoban_env.best_moves(rooms[0], room.player, room.boxes, table) for room in rooms]
 
 
 def look(state, world, cfg, k, line, n=64, group=8):
@@ -61,8 +60,8 @@ def look(state, world, cfg, k, line, n=64, group=8):
     kinds = {"own": own, "another's": own[1:] + own[:1], "empty": [Skill("", "", "")] * len(own)}
     good = []                                  # whether each token sampled is a best move
     for t in first:
-        for (best_moves, _, _), y in zip(looked_at(t), np.array(t.ids)[t.mask]):
-            good.append(moves.index(y) in best_moves if y in moves else False)
+        for best_here, y in zip(best_moves(t), np.array(t.ids)[t.mask]):
+            good.append(y in moves and moves.index(y) in best_here)
     good = np.array(good)
     turn = np.concatenate([np.arange(t.turns) for t in first])
     adv = skill_sd.group_advantages([t.reward for t in first], group).to(model.device)

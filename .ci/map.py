@@ -36,7 +36,6 @@ def main():
         plans = skill_sd.plan(",".join(METHODS), **dict(preset="scarce") | settings | typed)
         found[point] = [[skill_sd.train(cfg) for cfg in plans[method]] for method in METHODS]
     n = typed.get("seeds", 1)
-    quantile = {2: 12.71, 3: 4.30, 5: 2.78}.get(n, math.nan)
     print(f"\n{n} seed(s), percent of the held-out levels\n{'':28}base     grpo     "
           "skill_sd   area: grpo   skill_sd   skill_sd - grpo")
     for point, results in found.items():
@@ -45,7 +44,7 @@ def main():
         areas = 100 * np.array([[np.mean([y for _, y in run["curve"]]) for run in of_method]
                                 for of_method in results])
         gain = areas[2] - areas[1]
-        half = quantile * gain.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+        half = skill_sd.QUANTILES[n - 1] * gain.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
         print(f"{point:<27}" + "".join(f"{end:5.1f}    " for end in ends.mean(1))
               + "".join(f"{x:11.1f}" for x in (*areas[1:].mean(1), gain.mean()))
               + f" ±{half:5.1f}")
