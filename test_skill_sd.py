@@ -690,7 +690,7 @@ def main(*words):
     skill_sd.main(words)
 
 
-def test_killed_runs_and_runs_that_share_a_folder_end_as_one_alone(tmp_path):
+def test_killed_runs_and_runs_that_share_a_folder_end_as_one_alone(tmp_path, capfd):
     """Killed five times, once in mid-file, or begun twice at once: bit for bit, and tidy."""
     said = subprocess.run([sys.executable, HERE / "skill_sd.py", *SMALL, tmp_path / "alone"],
                           check=True, capture_output=True, text=True).stdout
@@ -715,6 +715,8 @@ def test_killed_runs_and_runs_that_share_a_folder_end_as_one_alone(tmp_path):
     for run in runs:
         run.start()
     assert [run.join() or run.exitcode for run in runs] == [0] * 3
+    told = re.findall("^finished: read .*/shared/(base|skill_sd)-", capfd.readouterr().out, re.M)
+    assert sorted(told) == ["base", "skill_sd"]                # each was made once
     (folder,) = (tmp_path / "alone").glob("skill_sd-tiny-seed0-*")
     twins = [tmp_path / out / folder.name for out in (killed, shared)]
     for name in ("result.json", "bank.json", "student/model.safetensors"):
@@ -955,11 +957,13 @@ def test_damaged_files_are_named_and_a_full_disk_leaves_none(tmp_path, name, lef
     """And what other code made is read, and said; what other weights made is another run."""
     cfg = smallest(tmp_path, iterations=1)
     path = skill_sd.run_folder(cfg) / name
-    with monkeypatch.context() as full:
-        full.setattr(os if name == "result.json" else torch, "replace" if name == "result.json"
-                     else "save", Mock(side_effect=RuntimeError("unexpected pos 1 vs 2")))
-        with contextlib.suppress(RuntimeError):                # of the warm start
-            pytest.raises(UserError, skill_sd.train, cfg).match("is the disk full")
+    skill_sd.begin(cfg)                        # makes the warm start
+    def full(data, part):
+        Path(part).touch()
+        raise RuntimeError("unexpected pos 1 vs 2")
+    with monkeypatch.context() as disk:
+        disk.setattr(*((os, "replace") if name == "result.json" else (torch, "save")), full)
+        pytest.raises(UserError, skill_sd.train, cfg).match("is the disk full")
     assert not [*tmp_path.rglob("skill_sd-*/*.part")]
     result = skill_sd.train(cfg)
     (path.parent / "result.json").unlink() if "pt" in name else None
