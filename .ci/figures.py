@@ -3,7 +3,8 @@
 
     python .ci/figures.py [--out runs] [--seed 10 --seeds 5]     needs matplotlib, as nothing else
 
-It writes .github/*.svg and prints the tables. Runs are read, and made where they are missing."""
+It writes .github/*.svg and prints the tables. Runs are read, and made where they are missing, but
+for those of .ci/variants.py: of them it compares what it finds, see CHOICES."""
 import sys
 from pathlib import Path
 
@@ -27,6 +28,11 @@ plt.rcParams |= {
     "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif", "axes.edgecolor": GREY,
     "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.spines.top": False, "axes.spines.right": False}
+CHOICES = {                      # of a task's skill: the variant, settings of both
+    "UCB": ("ucb", {}), "UCB, c = 0": ("ucb", dict(ucb_c=0.0)),
+    "UCB, c = 2": ("ucb", dict(ucb_c=2.0)), "random": ("random_pick", {}),
+    "newest": ("newest", {}), "UCB, failures": ("ucb,failures", {}),
+    "random, failures": ("random_pick,failures", {})}
 ALL = ["base", *METHODS, "skill_grpo", "frozen", "off_policy_frozen", "off_policy"]
 
 
@@ -66,6 +72,23 @@ def tables(runs):
                      ("skill_sd", "other_skill"), ("borrowed", "skill_sd")):
             end, _, area = interval(found[a] - found[b])
             print(f"{a} - {b}: sampled {end}, area {area}")
+
+
+def choices(typed):
+    """Of runs of preset `scarce` with 64 training levels: accuracy at the end, and area."""
+    found, out = {}, typed.get("out", "runs")
+    typed = typed | dict(preset="scarce", train_levels=64)
+    for name, (variant, settings) in CHOICES.items():
+        settings = settings | dict(out=f"{out}/variants/{variant}")
+        cfgs = skill_sd.plan(**typed | settings)["skill_sd"]
+        if all((skill_sd.run_folder(cfg) / "result.json").exists() for cfg in cfgs):
+            results = [skill_sd.train(cfg) for cfg in cfgs]
+            found[name] = 100 * np.array([[np.equal(run["sampled"], 1).mean(), np.mean(
+                [y for _, y in run["curve"]])] for run in results])
+    print("\n|choice|sampled|area|less UCB's: sampled|area|\n|---|" + "---|" * 4)
+    for name, values in found.items():
+        less = [""] * 2 if name == "UCB" else interval(values - found["UCB"])
+        print("|".join(["", name, *interval(values), *less, ""]))
 
 
 def curves(runs):
@@ -149,6 +172,7 @@ def main():
     curves(runs)
     teacher(typed)
     tables(runs)
+    choices(typed)
 
 
 if __name__ == "__main__":

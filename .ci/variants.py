@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What was tried and is not the method: each variant replaces one function of skill_sd.py.
 
-    python .ci/variants.py NAME [settings of skill_sd.py]
+    python .ci/variants.py NAME[,NAME] [settings of skill_sd.py]
 
     nearest        a task without skills borrows from the nearest task (with --method borrowed)
     random_pick    the bank picks a random skill of the task, not the one of UCB
     newest         the bank picks the newest skill of the task
-    ucb            none; it tells in how many of the picks from several skills UCB decided
+    ucb            none; it tells how often UCB decided, and between what
+    failures       a task whose bank holds successes only gets a failure's skill beside them
     exact          SDL is the KL over the whole vocabulary, not its estimate by sampled tokens
     falling        lambda falls to 0 at half of the run
 
@@ -81,9 +82,36 @@ def ucb(world, state, cfg):
             seen.append(len(tried) > 1 and all(tried))
         return select(bank, task)
     SkillBank.select = counting
+
+    def tell():
+        banks = list(state.bank.entries.values())
+        tried = [[e["reward_sum"] / e["picks"] for e in bank if e["picks"]] for bank in banks]
+        apart = [max(means) - min(means) for means in tried if len(means) > 1]
+        print(f"{cfg.method}, seed {cfg.seed}: UCB decided {sum(seen)} of {len(seen)} picks; "
+              f"{sum(len(bank) > 1 for bank in banks)} of {len(banks)} tasks have several skills, "
+              f"whose mean rewards lie {sum(apart) / max(1, len(apart)):.2f} apart")
     if cfg.iterations:
-        atexit.register(lambda: print(f"{cfg.method}, seed {cfg.seed}: UCB decided {sum(seen)} of "
-                                      f"{len(seen)} picks"))
+        atexit.register(tell)
+
+
+def failures(world, state, cfg):
+    micro_batches, summarize = skill_sd.micro_batches, skill_sd.summarize
+    batch = []
+
+    def remember(episodes, max_tokens):
+        batch[:] = episodes
+        return micro_batches(episodes, max_tokens)
+
+    def with_failures(chosen, state, world, cfg):
+        rewards = {t.task_id: [t.reward] for t in chosen}
+        for x in {t.task_id: None for t in batch}:
+            held = [e["source_reward"] for e in state.bank.entries.get(x, [])]
+            held += rewards.get(x, [])
+            failed = [t for t in batch if t.task_id == x and t.reward < 1]
+            if failed and held and min(held) == 1:
+                chosen.append(failed[0])       # in place: `iteration` counts them
+        return summarize(chosen, state, world, cfg)
+    skill_sd.micro_batches, skill_sd.summarize = remember, with_failures
 
 
 def vocabulary(model, part, cfg, with_skill=False):
@@ -119,8 +147,9 @@ def falling(world, state, cfg):
 
 def main():
     variants = dict(nearest=nearest, random_pick=random_pick, newest=newest, exact=exact,
-                    falling=falling, ucb=ucb)
-    if len(sys.argv) < 2 or sys.argv[1] not in variants:
+                    falling=falling, ucb=ucb, failures=failures)
+    names = sys.argv[1].split(",") if len(sys.argv) > 1 else []
+    if not names or not {*names} <= {*variants}:
         sys.exit(f"usage: variants.py {'|'.join(variants)} [settings of skill_sd.py]")
     name = sys.argv.pop(1)
     out = Path(skill_sd.Config.parse_args().get("out", "runs"))
@@ -136,7 +165,8 @@ def main():
 
     def begin_variant(cfg):
         world, state = begin(cfg)
-        variants[name](world, state, cfg)
+        for name in names:
+            variants[name](world, state, cfg)
         return world, state
     skill_sd.begin = begin_variant
     skill_sd.main()
