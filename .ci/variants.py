@@ -84,14 +84,15 @@ def ucb(world, state, cfg):
     SkillBank.select = counting
 
     def tell():
+        if not seen:                           # as after a look inside
+            return
         banks = list(state.bank.entries.values())
         tried = [[e["reward_sum"] / e["picks"] for e in bank if e["picks"]] for bank in banks]
         apart = [max(means) - min(means) for means in tried if len(means) > 1]
         print(f"{cfg.method}, seed {cfg.seed}: UCB decided {sum(seen)} of {len(seen)} picks; "
               f"{sum(len(bank) > 1 for bank in banks)} of {len(banks)} tasks have several skills, "
               f"whose mean rewards lie {sum(apart) / max(1, len(apart)):.2f} apart")
-    if cfg.iterations:
-        atexit.register(tell)
+    atexit.register(tell)
 
 
 def failures(world, state, cfg):
