@@ -51,7 +51,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynam
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import sokoban_env
-from sokoban_env import UserError, ask, derived_seed, load, require, save
+from sokoban_env import UserError, ask, derived_seed, load, not_lost, require, save
 
 
 # ==== Part I: the method ==========================================================================
@@ -317,9 +317,7 @@ def iteration(k, state, tasks, world, cfg):
     advantages = group_advantages([t.reward for t in episodes], cfg.group_size)
     for t, adv in zip(episodes, advantages.tolist()):
         t.adv = adv
-    batch = [t for t in episodes if not math.isnan(t.reward)]
-    require(batch, f"process {RANK} lost every episode, the first with {episodes[0].counts}; its "
-            f"prompt has {len(episodes[0].prompt)} tokens, {cfg.max_context=}: raise it?")
+    batch = not_lost(episodes, cfg.max_context)
 
     # 4. the teacher re-scores the same tokens under x + S(x)
     parts = micro_batches(batch, cfg.micro_batch_tokens)
@@ -381,20 +379,20 @@ class Chat:
 
     def cut(self, *roles):
         """The template's texts before, between and after the contents of a conversation."""
-        marks = [f"\u00a7{role} {i}\u00a7" for i, role in enumerate(roles)]
-        chat = [{"role": role, "content": f"   {mark}   "} for role, mark in zip(roles, marks)]
+        marks = [f"\t\t\u00a7{role} {i}\u00a7\t\t" for i, role in enumerate(roles)]
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks)]
         text, reason = "", "a text is changed or lost"
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=0, add_generation_prompt=True)
         except Exception as error:             # a template may raise anything
             reason = error
         for i, mark in enumerate(marks):       # some templates trim contents, others do not
-            if f"   {mark}   " in text:
-                marks[i] = f"   {mark}   "
-        self.trim = str if marks[-1][0] == " " else str.strip
+            if mark not in text:
+                marks[i] = mark.strip()
+        self.trim = str if marks[-1][0] == "\t" else str.strip
         any_mark = "|".join(marks)
         pieces = re.split(any_mark, text)
-        complete = re.findall(any_mark, text) == marks
+        complete = re.findall(any_mark, text) == marks and "\t\t" not in "".join(pieces)
         # The generation prompt may extend an old answer's header, e.g. by <think>.
         if not complete or not pieces[-1].strip().startswith(pieces[-3].strip()):
             raise UserError(f"model={self.tokenizer.name_or_path!r}: its chat template does not "
@@ -433,7 +431,7 @@ class Chat:
         if self.before_system is None:
             content = f"{system}\n\n{content}"
         else:
-            head = self.before_system + self.trim(system) + head
+            head = self.before_system + system.strip() + head
         return self.ids(head + self.trim(content) + self.opening)
 
     def next_turn(self, observation, last):
@@ -480,8 +478,7 @@ def measure(metrics, part, logp, logp_old, adv, mask, n, cfg):
     adv = adv[:, None]                                                               # (B, 1)
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    is_clipped = (ratio * adv > clipped * adv).float()
-    metrics["clip_fraction"] += token_mean(is_clipped, mask, n).item()
+    metrics["clip_fraction"] += token_mean(ratio * adv > clipped * adv, mask, n).item()
     if cfg.actor == "student":
         sampled = pad_sequence([torch.tensor(t.logps) for t in part], True)          # (B, T)
         gap = (sampled.to(logp.device) - logp_old)[mask].abs().max().item()
@@ -536,7 +533,8 @@ class Decoder:
 
 
 # ---- Rollout: on-policy, multi-turn, token ids in and token ids out ------------------------------
-DRAFT = r"(?:think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad)\b[^<>\n]*[>\]\u25b7]"
+DRAFT = (r"(?:think(?:ing)?|thoughts?|reasoning|analysis|reflection|scratchpad)\|?"
+         r"(?: \w+=[^<>\n]*)?[>\]\u25b7]")
 OPENS = rf"(?i)[<\[\u25c1]\|?(?:seed:|start_|begin_of_)?{DRAFT}|<\|?channel\|?>(?:thought|analysis)"
 CLOSES = rf"(?i)[<\[\u25c1]\|?(?:/|/seed:|end_|end_of_){DRAFT}|<channel\|>|<\|channel\|>final[^>]*>"
 
@@ -597,7 +595,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
     limit = cfg.max_context - (cfg.max_skill_tokens + 2) - cfg.max_new_tokens  # 2: a blank line
     reads_skill = cfg.actor == "teacher" or cfg.skill_reader == "student"
     each = map
-    if any(getattr(env, "concurrent", False) for env in envs):           # they wait for a server
+    if getattr(envs[0], "concurrent", False):  # they wait for a server
         each = ThreadPoolExecutor(len(envs)).map
     trajectories, playing, chunks = [], [], []
     tasks = list(each(partial(ask, name="reset"), envs))
@@ -644,8 +642,7 @@ def rollout(model, tokenizer, envs, cfg, skills=None, generator=None, greedy=Fal
             t.messages.append({"role": "user", "content": observation})
             following = [] if done else follow(observation, ids[-1])
             if done or len(t.prompt + t.ids + following) > limit:
-                reward = ask(env, "completion", turn=t.turns)  # CHOICE: a full context ends it
-                t.reward = round(float(reward), 9)             # ten times 0.1 must be 1
+                t.reward = ask(env, "completion", turn=t.turns)          # CHOICE: if full, it ends
                 t.counts |= dict(truncated=not done) | getattr(env, "counts", {})
                 ask(env, "close", turn=t.turns)
             else:
@@ -718,17 +715,18 @@ def ask_student(texts, student, tokenizer, cfg, generator):
     CHOICE: they begin with a prefill and are sampled at 0.6: else small models seldom end one."""
     longest = getattr(student.config.get_text_config(), "max_position_embeddings", cfg.max_context)
     own = SimpleNamespace(**asdict(cfg) | dict(
-        max_new_tokens=cfg.summary_tokens, max_context=longest, temperature=0.6,
+        max_new_tokens=cfg.summary_tokens, max_context=longest, max_skill_tokens=0, temperature=0.6,
         prefill='{"success_analysis": "'))
     envs = [SimpleNamespace(
         task_id="", system_prompt=SUMMARIZER_PROMPT, reset=partial(str, text), close=lambda: None,
         step=lambda answer: ("", True), completion=lambda: 0.0) for text in texts]
     written = rollout(student, tokenizer, envs, own, generator=generator)
+    too_long = f"tokens, with {cfg.summary_tokens=} more than {longest}: use a server"
+    answers = []
     for t in written:
-        if not t.turns:
-            told = f"[a transcript of {len(t.prompt)} tokens, {cfg.summary_tokens=}, {longest=}]"
-            t.messages.append({"content": told})
-    return [t.messages[1]["content"] for t in written]
+        told = f"[a transcript of {len(t.prompt)} {too_long}]"
+        answers.append(t.messages[1]["content"] if t.turns else told)
+    return answers
 
 
 def ask_server(text, cfg, timeout=60):
@@ -828,7 +826,7 @@ class Config(Method, sokoban_env.Settings):
         for name, value in METHODS[self.method].items():
             check(name, getattr(self, name) == value,
                   f"method {self.method} means {value!r}; leave it to configure(method=...)")
-        check("temperature", self.temperature > 0, "must be above 0")
+        check("temperature", self.temperature >= 0.01, "at least 0.01")
         alone = self.reward_weight and self.iterations and self.group_size == 1
         check("group_size", not alone, "at least 2")
         even = self.tasks_per_iteration % RANKS == 0
@@ -1017,7 +1015,8 @@ def train(cfg):
 
 
 def run_folder(cfg):
-    """Named by method, model, seed, and a hash of settings, world's file and model's files."""
+    """Named by method, model, seed, and a hash of settings, world's file (but not what that imports)
+    and model's files."""
     settings = asdict(cfg)
     for name in ("preset", "seeds", "out", "device", "save_every"):
         del settings[name]
@@ -1052,7 +1051,8 @@ def evaluate(state, world, cfg, k, line):
                          cfg, None, generator, how == "greedy")
         rewards = sum(gather([t.reward for t in played]), [])
         result[how] = np.nan_to_num(rewards).tolist()
-        require(not np.isnan(rewards).all(), f"every held-out episode was lost; {cfg.max_context=}")
+        if np.isnan(rewards).all():
+            not_lost(played, cfg.max_context)
         line[f"heldout_{how}"] = float(np.equal(rewards, 1).mean())
         if RANK == 0:
             tqdm.write(f"{cfg.method}, seed {cfg.seed}, after {k} iterations, {how}: solved "
@@ -1133,8 +1133,8 @@ def look_inside(cfg):
     (bank,) = load(folder / "bank.json")
     with sokoban_env.threads_for(cfg.model):
         world, state = begin(cfg)
-        task = next(x for x in world.train if x in bank)       # the easiest
-        skill = Skill(**bank[task][-1]["skill"])
+        task = next((x for x in world.train if x in bank), world.train[0])     # the easiest
+        skill = Skill(**bank[task][-1]["skill"]) if bank else Skill("", "", "")
         envs = [world.make_env(task) for _ in range(8)]
         played = rollout(state.student, state.tokenizer, envs, cfg, [skill] * 8, state.generator)
         t = min(played, key=lambda t: (-t.reward, t.turns))
@@ -1167,7 +1167,7 @@ def main(argv=None):
         results = {method: [train(cfg) for cfg in runs] for method, runs in plans.items()}
         if RANK == 0:
             print_table(results)
-            if cfg.method == "skill_sd" and cfg.model == "tiny" and RANKS == 1 and cfg.iterations:
+            if cfg.method == "skill_sd" and cfg.model == "tiny" and RANKS == 1:
                 sokoban_env.watch(SKILL_TEXT, *look_inside(cfg))
         if RANKS > 1:
             time.sleep(0.1)                    # gloo's threads may hold tensors still

@@ -31,7 +31,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -435,7 +435,7 @@ class Settings:
             self.check(f.name, value in choices, f"must be one of {choices}")
             if kind is not str and not get_args(f.type) and value != f.default:
                 least = int(kind is int and f.name not in self.may_be_0)
-                self.check(f.name, least <= value < math.inf, f"must be finite, >= {least}")
+                self.check(f.name, least <= value < 2**31, f"must be >= {least}, below 2**31")
             setattr(self, f.name, kind(value))                 # a Path becomes a str
 
     @classmethod
@@ -490,12 +490,13 @@ def parse_action(text):
     The last <answer>...</answer> decides, or a tag that was not closed with its first line: by its
     first move if it holds nothing but moves, else by its last. Without a tag, the last of the four
     direction words decides. In any case."""
-    text = text.lower()
+    text = re.sub(r"(<answer>\s*(?:up|down|left|right))\s*(?:<answer>|/answer>)", r"\1</answer>",
+                  text.lower())                # a closing tag may have a slip
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
     if not tagged and "<answer>" in text:
         unclosed = text.strip().removesuffix("<answer>").rpartition("<answer>")[2]
-        tagged = [re.split(r"[\n<\[]", unclosed.strip())[0]]   # a closing tag may have a slip
+        tagged = [re.split(r"[\n<\[]", unclosed.strip())[0]]   # another slip
     said = tagged[-1] if tagged else text
     words = re.findall(r"(?<![a-z])(up|down|left|right)(?![a-z])", said)
     filler = ("up|down|left|right|then|and|push|move|go|first|next|step|the|box|to|it|once|twice|"
@@ -597,13 +598,14 @@ def load_world(cfg, least_heldout=1):
         folder = str(Path(cfg.env).absolute().parent)
         sys.path.insert(0, folder)             # for what it imports
         try:
-            module = SimpleNamespace(**runpy.run_path(cfg.env, run_name=Path(cfg.env).stem))
+            found = called(f"env={cfg.env!r}:", runpy.run_path, cfg.env, None, Path(cfg.env).stem)
+            module = SimpleNamespace(**found)
         finally:
             sys.path.remove(folder)
     else:
-        module = importlib.import_module(cfg.env)
+        module = called(f"env={cfg.env!r}:", importlib.import_module, cfg.env)
     need(module, "make_world", "the module")
-    world = module.make_world(cfg)
+    world = called(f"env={cfg.env!r}: make_world:", module.make_world, cfg)
     need(world, "train heldout make_env", "what make_world returns")
     rules = cfg.summarizer == "rules" and cfg.skill_reader != "nobody"
     require(not rules or hasattr(world, "analyse"), f"env={cfg.env!r}: the world has no `analyse` "
@@ -617,8 +619,8 @@ def load_world(cfg, least_heldout=1):
                 f"must be all, and at least {least}" + " (tasks_per_iteration)" * (name == "train"))
     prefills = set()
     for x in world.train[0], world.heldout[0]:
-        env, twin = world.make_env(x), world.make_env(x)
         told = f"env={cfg.env!r}: make_env({x!r})"
+        env, twin = (called(f"{told}:", world.make_env, x) for _ in range(2))
         need(env, "task_id system_prompt reset step completion close", "what make_env returns")
         require(env.task_id == x, f"{told}.task_id is {env.task_id!r}: must be that of the task")
         require(env is not twin, f"{told} returned one object twice: must be a new one each time")
@@ -628,8 +630,6 @@ def load_world(cfg, least_heldout=1):
         require(len(prefills) == 1 and isinstance([*prefills][0], str),
                 f"{told}.prefill: {prefills}: must be one str for all environments")
         text, other = ask(env, "reset"), ask(twin, "reset")
-        require(isinstance(text, str), f"{told}.reset() returned {text!r:.99}: must be a str "
-                "(gymnasium's is a pair, observation and info)")
         require(text == other, f"{told}: two of them begin with {text!r:.60} and {other!r:.60}: a "
                 "task must always begin in the same way")
         require(not is_player(cfg.model) or share_read(text, cfg.size) > 0.4,
@@ -640,26 +640,40 @@ def load_world(cfg, least_heldout=1):
         ask(env, "close")
         ask(twin, "close")
         if rules:
-            skill = world.analyse([
+            skill = called(f"env={cfg.env!r}: analyse:", world.analyse, [
                 {"role": "user", "content": text}, {"role": "assistant", "content": ""},
                 {"role": "user", "content": observation}])
             require(isinstance(skill, dict) and all(
                 isinstance(skill.get(name), str) for name in SILENT),
                 f"env={cfg.env!r}: analyse returned {skill!r:.99}: must be a dict of the str "
                 f"{', '.join(SILENT)}")
-    return world
+
+    def make_env(x):
+        return called(f"env={cfg.env!r}: make_env({x!r}):", world.make_env, x)
+    return SimpleNamespace(
+        train=world.train, heldout=world.heldout, levels=getattr(world, "levels", []),
+        make_env=make_env, analyse=partial(
+            called, f"env={cfg.env!r}: analyse:", getattr(world, "analyse", None)))
 
 
-def ask(env, name, *given, turn=0):
-    """env.name(*given), checked. An error of the world's own keeps its traceback, and tells where;
-    one that is `told` is told as it is."""
-    place = f"{type(env).__name__}.{name}, task {env.task_id!r}, turn {turn}:"
+def called(place, call, *given):
+    """call(*given). An error of the world's own keeps its traceback, and tells the place; one that
+    is `told` is told as it is."""
     try:
-        answer = getattr(env, name)(*given)
+        return call(*given)
     except Exception as error:
         if getattr(error, "told", False):
             raise
         raise RuntimeError(f"{place} {type(error).__name__}: {error}") from error
+
+
+def ask(env, name, *given, turn=0):
+    """env.name(*given), checked."""
+    place = f"{type(env).__name__}.{name}, task {env.task_id!r}, turn {turn}:"
+    answer = called(place, getattr(env, name), *given)
+    if name == "reset":
+        require(isinstance(answer, str), f"{place} returned {answer!r:.99}: must be a str "
+                "(gymnasium's is a pair, observation and info)")
     if name == "step":
         is_pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], str)
         require(is_pair and type(answer[1]).__name__ in ("bool", "bool_"),
@@ -669,7 +683,20 @@ def ask(env, name, *given, turn=0):
         number = isinstance(answer, numbers.Real)
         require(number and (0 <= answer <= 1 or math.isnan(answer)),
                 f"{place} returned {answer!r}, not a number from 0 to 1, or nan if it was lost")
+        answer = round(float(answer), 9)       # ten times 0.1 must be 1
     return answer
+
+
+def not_lost(episodes, max_context):
+    """The episodes that have a reward; UserError if none has."""
+    batch = [t for t in episodes if not math.isnan(t.reward)]
+    require(batch, f"process {os.environ.get('RANK', 0)} lost every episode, the first with "
+            f"{episodes[0].counts}; its prompt has {len(episodes[0].prompt)} tokens, "
+            f"{max_context=}: raise it?")
+    full = sum(t.counts["truncated"] for t in batch)
+    if full > len(batch) / 2:
+        print(f"warning: {full} of {len(batch)} episodes were cut short by {max_context=}")
+    return batch
 
 
 # ---- The analyst, and demonstrations to learn from -----------------------------------------------

@@ -394,7 +394,7 @@ def test_sampling_equals_scoring_in_every_architecture(tiny, name, monkeypatch):
     assert len(gap) > 12 and gap.abs().max() < 1e-4
 
 
-def test_answers_and_conversations_end_where_they_must(tiny):
+def test_answers_and_conversations_end_where_they_must(tiny, capsys):
     """Answers follow the generator; the next one, and a skill, have to fit into max_context."""
     p, n = torch.tensor([0.1, 0.2, 0.7]), 10_000
     ids, _ = skill_sd.sample_answers(
@@ -419,14 +419,17 @@ def test_answers_and_conversations_end_where_they_must(tiny):
             assert t.counts["truncated"] == (t.turns < 1 + i and t.reward < 1)
             assert not t.counts["truncated"] or len(following) + 4 > room
     assert 0 < sum(t.counts["cut_answers"] for t in every) < sum(t.turns for t in every)
-    assert sum(t.counts["truncated"] for t in every) > 10
+    full = [t for t in every if t.counts["truncated"]]
+    assert len(full) > 10 and sokoban_env.not_lost(full, 70) == full
+    told = f"{len(full)} of {len(full)} episodes were cut short by max_context=70"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("threads", [{}, dict(concurrent=True)])
 def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads):
     meet = threading.Barrier(2, timeout=20).wait if threads else int   # calls meet if in threads
-    envs = [world(["a", "b", "c", "d"], 0.5, meet, counts=dict(no_action=7)),
-            world(["e", "f", "gone"], math.nan), world(["h", "i", "j", "k"], 1.0, meet, **threads),
+    envs = [world(["a", "b", "c", "d"], 0.5, meet, counts=dict(no_action=7), **threads),
+            world(["e", "f", "gone"], math.nan), world(["h", "i", "j", "k"], 1.0, meet),
             world(["too long" + " up" * 2000], math.nan, counts=dict(truncated=1))]
     generator, cfg = torch.Generator().manual_seed(0), Config(prefill="go down")
     for t, env in zip(rollout(*tiny, envs, cfg, None, generator), envs):
@@ -437,10 +440,11 @@ def test_environments_are_lost_closed_and_their_counts_taken_over(tiny, threads)
         assert [None, *(m["content"] for m in t.messages[1::2]), "closed"] == env.told
         assert t.counts.items() >= getattr(env, "counts", dict(truncated=0)).items()
     for name, value in (("completion", ""), ("completion", 20), ("completion", math.inf),
-                        ("step", "up"), ("step", ("", 0, 1)), ("step", ("", "False"))):
+                        ("step", "up"), ("step", ("", 0, 1)), ("step", ("", "False")),
+                        ("reset", ("up", {}))):
         broken = types.SimpleNamespace(**vars(world(["up"] * 2)) | {name: lambda *args: value})
         told = pytest.raises(UserError, rollout, *tiny, [broken], cfg)
-        told.match(rf"SimpleNamespace.{name}, task 'up', turn 1: returned .*, not a (number|pair)")
+        told.match(rf"SimpleNamespace.{name}, task 'up', turn [01]: returned .*(not|must be) a")
     broken = world(["up"], meet={}.popitem)                    # its own bug keeps its traceback
     told = pytest.raises(RuntimeError, rollout, *tiny, [broken], cfg)
     assert told.match("reset, task 'up', turn 0: KeyError") and told.value.__cause__.__traceback__
@@ -464,6 +468,9 @@ def test_no_world_plays_a_draft(begin, end, monkeypatch):
     assert [x and x.strip() for x in env.told] == [None, "left", "down", "down", "closed"]
     kept = [re.sub(" ", "", m["content"]) for m in t.messages[1::2]]
     assert kept == [text.replace("<|end|>", "") for text in said]
+    heading = "[Analysis of the room] <thinker> left"
+    assert skill_sd.spoken(heading) == heading
+    assert skill_sd.spoken('<think effort="low">up') == ""
 
 
 def one_step(model, batch, cfg, lr=0.0, teacher=None):
@@ -618,7 +625,7 @@ def test_every_method_trains(tmp_path, method, monkeypatch, capsys):
     bank = state.bank.entries                  # the checkpoint's is equal, and another
     assert skill_sd.resume(folder, state) == lines and calls["load"][0][0][1:] == ("cpu", True)
     assert state.bank.entries == bank is not state.bank.entries and bool(written) == writes
-    if method == "skill_sd":                   # a look at what student and teacher think
+    if method in ("skill_sd", "grpo"):         # a look inside, with and without a skill
         t, skill, views = skill_sd.look_inside(cfg)
         sokoban_env.watch("", t, skill, views)
         said = capsys.readouterr().out
@@ -766,6 +773,7 @@ def test_self_summarizer_writes_through_rollout(tiny, monkeypatch):
     assert one == other == '{"success_analysis": "' and long == "[a transcript of 5023 "
     (((_, _, envs, own, _), episodes),), (((texts, *_), _),) = calls.values()
     assert (own.max_new_tokens, own.temperature, own.max_context) == (5, 0.6, 4096)
+    assert own.max_skill_tokens == 0           # they take no room
     assert [(t.messages[0]["content"], env.system_prompt) for t, env in zip(episodes, envs)] == [
         (text, skill_sd.SUMMARIZER_PROMPT) for text in texts]
 
@@ -845,6 +853,8 @@ def test_warm_start_learns_moves_from_ids_that_are_chats_own(tmp_path):
     cfg = smallest(tmp_path.parent)
     model, tokenizer = skill_sd.load_model(cfg, world := sokoban_env.make_world(cfg))
     skill_sd.load_model(cfg, None)                             # kept: no world is needed
+    too_small = dataclasses.replace(cfg, max_context=262)
+    pytest.raises(UserError, skill_sd.train, too_small).match("prompt has .* max_context=262")
     other = sokoban_env.make_world(dataclasses.replace(cfg, model="other"))
     assert [each.make_env(world.train[0]).system_prompt for each in (world, other)] == ["", RULES]
     games = [sokoban_env.demonstrate(x, distances(x), random.Random(i), cfg.timid, 5, 0.8,
@@ -904,7 +914,9 @@ def test_templates_that_change_with_turns_are_refused(tiny):
     for tokenizer.chat_template, reason in (
             (form.replace("'assistant'", "'bot'"), lost), ("{{ raise_exception('no') }}", "no"),
             (form.replace("m.content", "m.content | upper"), lost), ("{{ 1 + 'x' }}", "operand"),
-            (form.replace("m.content", "(m.content * 2)"), lost), (None, "template is not set")):
+            (form.replace("m.content", "(m.content * 2)"), lost),
+            *((form.replace(" | trim", f".{side}strip()"), lost) for side in "lr"),
+            (None, "template is not set")):
         pytest.raises(UserError, Chat, tokenizer).match(f"does not repeat one form .*{reason}")
 
 
@@ -935,7 +947,8 @@ def test_damaged_files_are_named_and_a_full_disk_leaves_none(tmp_path, name, lef
 @pytest.mark.parametrize("words, told", [
     *(("--" + told.replace("_", "-").replace("=", " "), told) for told in (
         "lr=inf", "lam=nan", "seed=-1", "max_turns=0", "group_size=1", "temperature=0.0",
-        "tasks_per_iteration=5", "max_context=200", "timid=1.5", "evals=-1")),
+        "tasks_per_iteration=5", "max_context=200", "timid=1.5", "evals=-1",
+        "seed=4294967296", "lr=1e+300")),
     ("--actor teacher --skill-reader nobody", "skill_reader='nobody'"),
     ("--env argparse", "env='argparse': the module has no `make_world`"),
     ("--summarizer http://x", "summarizer_model=''"), ("--summarizer https//x", "='https//x'"),
@@ -1081,6 +1094,7 @@ def chat_model(tmp_path_factory):
     ('return "It is a', 'return 1, "It is a', "must be a str (gymnasium's is a"),
     ('return "It is a', 'return str(id(self)) + "It is a', "begin in the same way"),
     ("= task_id, int", "= 'x', int", "task_id is 'x': must be that of the task"),
+    ("make_env=Guess", "make_env=lambda x: 1 / 0", "('number 1'): ZeroDivisionError"),
     ("make_env=Guess", "make_env=lambda x, e=Guess('number 1'): e", "one object twice"),
     ("analyse=analyse", "", "write one, or give --summarizer self"),
     ("analysis=", "analysys=", "must be a dict of the str success_analysis"),
@@ -1144,6 +1158,7 @@ def test_environment_reads_tolerantly_counts_and_ends():
     for text, move in (("Up, then LEFT", 2), ("<answer>jump</answer> left", None),
             ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3), ("<answer>up then left", 0),
             ("<answer>not up but left</answer>", 2), ("<answer>up<answer>", 0),
+            ("<answer>left<answer> of the right", 2), ("<answer>left/answer> not right", 2),
             ("so <answer>up\nnot left", 0), ("<answer>1. up, 2. left</answer>", 0),
             ("<answer>left</anwser> since it is on the right", 2), ("upwards uplift", None),
             ("<answer>right (push the box to e4), down</answer>", 3)):
