@@ -1015,8 +1015,8 @@ def train(cfg):
 
 
 def run_folder(cfg):
-    """Named by method, model, seed, and a hash of settings, world's file (but not what that imports)
-    and model's files."""
+    """Named by method, model, seed, and a hash of settings, model's files and world's file (but not
+    of what that imports)."""
     settings = asdict(cfg)
     for name in ("preset", "seeds", "out", "device", "save_every"):
         del settings[name]

@@ -41,6 +41,7 @@ def main():
                     solved = np.reshape([t.reward == 1 for t in played], (-1, GAMES))
                     found.append(solved.mean(1))
                 rows.append((x, np.array(found)))              # (3, skills)
+    skill_sd.require(rows, "no task has several tried skills: more iterations, or fewer levels")
     less_means = np.hstack([found - found.mean(1, keepdims=True) for _, found in rows])
     r = np.corrcoef(less_means)
     print(f"{len(rows)} tasks with {less_means.shape[1]} skills; best less worst of a task: credit "
