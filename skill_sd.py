@@ -21,7 +21,7 @@ that teacher trains the student, which never sees a skill. One iteration:
 
 Part I is the method, to `iteration`; Part II prompts, forward passes, rollout and summarizer; Part
 III settings, runs and table. `python skill_sd.py` runs the demo, whose game and tiny player are in
-sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ. Needs: what to copy with it.
+sokoban_env.py. CHOICE: no public text says it. DEVIATION: we differ. Needs: names to copy along.
 """
 import copy
 import inspect
@@ -57,7 +57,7 @@ from sokoban_env import UserError, ask, derived_seed, load, not_lost, require, s
 # ==== Part I: the method ==========================================================================
 @dataclass
 class Method:
-    """The method's settings; comments are help texts. The values fit the demo; see PRESETS."""
+    """`cfg`, with what Config adds in Part III. Comments are help texts; values fit the demo."""
     iterations: int = 60             # the paper runs 180 on Sokoban                    DEVIATION
     tasks_per_iteration: int = 16    # the tasks of a batch                             CHOICE
     group_size: int = 8              # G, rollouts per task                             CHOICE
@@ -65,9 +65,9 @@ class Method:
     lam: float = 0.1                 # lambda, weight of SDL; paper: 0.001 (AppWorld)   DEVIATION
     clip_low: float = 0.2            # eps_l; 0.2 and 0.28 are reported second-hand     CHOICE
     clip_high: float = 0.28          # eps_h                                            CHOICE
-    updates_per_iteration: int = 1   # optimiser steps on each batch; with 1, r is 1    CHOICE
+    updates_per_iteration: int = 1   # optimiser steps on each batch; 1 never clips     CHOICE
     lr: float = 1e-3                 # of Adam; 1e-6 is usual for billions of weights   CHOICE
-    adam_eps: float = 1e-8           # a larger one leaves tiny gradients tiny          CHOICE
+    adam_eps: float = 1e-8           # larger: tiny gradients make smaller steps        CHOICE
     max_grad_norm: float = 1.0       # gradients are clipped to this norm               CHOICE
     ucb_c: float = 1.0               # c, weight of exploration in UCB                  CHOICE
     bank_size: int = 4               # skills kept per task                             CHOICE
@@ -75,7 +75,7 @@ class Method:
     reward_weight: float = 1.0       # weight of the GRPO loss; 0 leaves SDL alone (OPD)
     sync_every: int = 1              # iterations between teacher synchronisations; 0: never
     actor: Literal["student", "teacher"] = "student"  # who samples; a teacher reads its skill
-    skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # student, nobody: lam is 0
+    skill_reader: Literal["teacher", "student", "nobody"] = "teacher"  # the last two need lam = 0
     skill_shown: Literal["own", "other", "empty"] = "own"  # or another task's, or headings only
     borrow: Literal[0, 1] = 0        # 1: a task without skills is shown another's   DEVIATION
 
@@ -121,7 +121,7 @@ class SkillBank:
 
     def wants(self, task_id, source_reward):
         """CHOICE: a skill may enter if its trajectory beats those of all held ones, or if all were
-        picked twice. If every visit added one, an untried one would go first: UCB never decided."""
+        picked twice. If every visit added one, untried ones would go first; UCB never decided."""
         entries = self.entries.get(task_id, [])
         better = all(source_reward > e["source_reward"] for e in entries)
         return better or all(e["picks"] >= 2 for e in entries)
@@ -174,10 +174,10 @@ def token_mean(values, mask, n=None):
 def group_advantages(rewards, group_size, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over each group of consecutive rollouts of one task.
     rewards: (n,), nan where an episode was lost. CHOICE: population std, eps. Returns (n,) float32,
-    exactly 0 for nan, for equal rewards and in a group of one. Needs: math, torch."""
+    exactly 0 for nan, for equal rewards and in a group of one. Needs: torch."""
     assert len(rewards) % group_size == 0, f"{len(rewards)} rewards: no multiple of {group_size=}"
     r = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)           # (tasks, G)
-    r = r - r.nan_to_num(nan=math.inf).amin(1, keepdim=True)   # equal rewards become exact zeros
+    r = r - r.nanmedian(1, keepdim=True).values                # equal rewards become exact zeros
     deviation = r - r.nanmean(1, keepdim=True)
     std = deviation.square().nanmean(1, keepdim=True).sqrt()
     return (deviation / (std + eps)).nan_to_num(0.0).flatten().float()
@@ -230,9 +230,9 @@ def response_logps(model, part, cfg, with_skill=False):
         masks.append(torch.tensor([False] * len(prompt) + t.mask))
     ids = pad_sequence(rows, True).to(model.device)                                  # (B, L)
     action = pad_sequence(masks, True).to(model.device)                              # (B, L)
-    before = action.roll(-1, dims=1)           # j predicts j + 1; column 0, the prompt's, wraps
-    with logits_at(before, model), autocast(model, cfg):       # causal: right padding is unseen
-        logits = model(input_ids=ids, use_cache=False).logits.float()                # (n, V)
+    before = action.roll(-1, dims=1)           # a token's logits stand one column before it
+    with logits_at(before, model), autocast(model, cfg):       # only those; causal: no padding seen
+        logits = model(input_ids=ids, use_cache=False).logits.float()      # (action.sum(), V)
     logp = -cross_entropy(logits / cfg.temperature, ids[action], reduction="none")
     counts = action.sum(1)                                                           # (B,)
     logp = pad_sequence(logp.split(counts.tolist()), True)                           # (B, T)
@@ -253,7 +253,7 @@ def update(student, optimizer, parts, teacher_logps, cfg):
     is -1/N sum (A_i - lambda l_it) grad log pi(y_it): SDL is a reward of -lambda l per token."""
     update_mode(student, cfg)                  # dropout off, as when sampling
     n_mine = sum(sum(t.mask) for part in parts for t in part)
-    n_tokens = np.mean(gather(n_mine))         # N / RANKS: averaging gradients divides by RANKS too
+    n_tokens = np.mean(gather(n_mine))         # N / processes, as average_gradients divides too
     reads_skill = cfg.skill_reader == "student"                # an ablation
     old_logps = []
     for step in range(cfg.updates_per_iteration):
@@ -261,7 +261,7 @@ def update(student, optimizer, parts, teacher_logps, cfg):
         metrics = defaultdict(float)
         for i, part in enumerate(parts):
             logp, mask = response_logps(student, part, cfg, with_skill=reads_skill)
-            if step == 0:                      # log pi_theta_old. DEVIATION: anew, so that r is 1
+            if step == 0:                      # log pi_theta_old. DEVIATION: anew, not t.logps
                 old_logps.append(logp.detach())
             adv = torch.tensor([t.adv for t in part], device=logp.device)            # (B,)
             pg = grpo_loss(logp, old_logps[i], adv, mask, cfg.clip_low, cfg.clip_high, n_tokens)
@@ -269,8 +269,8 @@ def update(student, optimizer, parts, teacher_logps, cfg):
             if teacher_logps:
                 sdl = sdl_loss(logp, teacher_logps[i], old_logps[i], mask, n_tokens)
                 metrics["sdl_loss"] += sdl.item()
-                log_ratio = logp.detach() - teacher_logps[i]
-                metrics["log_ratio"] += token_mean(log_ratio, mask, n_tokens).item()
+                l = logp.detach() - teacher_logps[i]
+                metrics["log_ratio"] += token_mean(l, mask, n_tokens).item()
             loss = cfg.reward_weight * pg + cfg.lam * sdl      # Eq. 14: L = L_GRPO + lambda L_SDL
             loss.backward()                    # gradients add up over the parts
             metrics["pg_loss"] += pg.item()
@@ -297,16 +297,16 @@ class State:
 
 
 def iteration(k, state, tasks, world, cfg):
-    """Iteration k, on different task ids (str) of the world. Returns its episodes, and metrics."""
+    """Iteration k on distinct tasks x; world.make_env(x): see rollout. Returns episodes, metrics."""
     student, teacher, bank = state.student, state.teacher, state.bank
     # 1. theta-bar <- theta. theta_old needs no copy: its log-probs are taken before theta changes
     if cfg.sync_every and k % cfg.sync_every == 0:
         teacher.load_state_dict(student.state_dict())
 
-    # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt. What
-    # the skills are given for is skill_prompt, which only the teacher reads (but for ablations)
+    # 2. S(x) <- UCB(B(x)); G trajectories of each task, by theta_old under the plain prompt. The
+    # skills only become t.skill_prompt, which the teacher reads in 4 (in ablations, the actor)
     picks = {x: bank.select(x) for x in tasks}                 # None while B(x) is empty
-    skills = shown_skills(picks, bank, cfg, k)                 # the picks'; others in controls
+    skills = shown_skills(picks, bank, cfg, k)                 # {x: S(x)}; other texts in controls
     xs = [x for x in tasks for _ in range(cfg.group_size)]     # each task G times
     actor = teacher if cfg.actor == "teacher" else student     # the student, but for an ablation
     episodes = rollout(actor, state.tokenizer, [world.make_env(x) for x in xs], cfg,
@@ -328,13 +328,13 @@ def iteration(k, state, tasks, world, cfg):
     # 5. minimise L over these tokens
     metrics = update(student, state.optimizer, parts, teacher_logps, cfg)
 
-    # 6. credit the picks; Analyze(tau, x) of each group's best (CHOICE) enters B(x), for k + 1 on
+    # 6. credit the picks; Analyze(tau, x) of each group's best, then shortest (CHOICE) enters B(x)
     chosen = []
     for x in tasks:
         group = [t for t in batch if t.task_id == x]
         if group and picks[x]:
             bank.credit(picks[x], np.mean([t.reward for t in group]))
-        best = min(group, key=lambda t: (-t.reward, t.turns), default=None)
+        best = max(group, key=lambda t: (t.reward, -t.turns), default=None)
         if best and bank.wants(x, best.reward) and cfg.skill_reader != "nobody":
             chosen.append(best)
     written = summarize(chosen, state, world, cfg)
@@ -862,7 +862,7 @@ METHODS = {
 CHAT = dict(summarizer="self", precision="bfloat16", gradient_checkpointing=1, lr=1e-6, evals=0,
             micro_batch_tokens=16384, lam=0.001)               # the paper's best on AppWorld
 PAPER = CHAT | dict(model="Qwen/Qwen3-4B-Instruct-2507", max_turns=40, rollout_batch=16)
-PRESETS = {      # tiny: see Config. Of the paper: model, boxes, levels, turns, iterations, lam
+PRESETS = {      # tiny: see Config. Of the paper: model, boxes, levels, turns, iterations
     "scarce": dict(min_moves=5, max_moves=12, max_turns=16, timid=0.86, tasks_per_iteration=4,
                    group_size=4, iterations=160, lr=5e-4, adam_eps=3e-4),    # tuned on split val
     "small": CHAT | dict(model="Qwen/Qwen2.5-0.5B-Instruct", iterations=100, max_turns=20,
