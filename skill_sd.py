@@ -297,7 +297,7 @@ class State:
 
 
 def iteration(k, state, tasks, world, cfg):
-    """Iteration k on distinct tasks x; world.make_env(x): see rollout. Returns episodes, metrics."""
+    """Iteration k on distinct tasks x; world.make_env(x): see rollout. Gives episodes, metrics."""
     student, teacher, bank = state.student, state.teacher, state.bank
     # 1. theta-bar <- theta. theta_old needs no copy: its log-probs are taken before theta changes
     if cfg.sync_every and k % cfg.sync_every == 0:
