@@ -85,6 +85,8 @@ def choices(typed):
             results = [skill_sd.train(cfg) for cfg in cfgs]
             found[name] = 100 * np.array([[np.equal(run["sampled"], 1).mean(), np.mean(
                 [y for _, y in run["curve"]])] for run in results])
+    if "UCB" not in found:
+        return
     print("\n|choice|sampled|area|less UCB's: sampled|area|\n|---|" + "---|" * 4)
     for name, values in found.items():
         less = [""] * 2 if name == "UCB" else interval(values - found["UCB"])
@@ -114,6 +116,7 @@ def curves(runs):
         ax.set_title(title, color=GREY)
         ax.set_xlabel("episodes")
     axes[0].set_ylabel("held-out levels solved, %")
+    fig.suptitle("mean and 95 % band over five seeds; the tables pair by seed", fontsize=9)
     fig.tight_layout(w_pad=4)
     fig.savefig(OUT / "curves.svg", transparent=True)
 
@@ -130,6 +133,11 @@ def room(ax, level):
             1 << level.player, dict(marker="o", color="#1d3557", s=60)):
         cells = sokoban_env.cells_of(mask)
         ax.scatter([c % level.width for c in cells], [c // level.width for c in cells], **style)
+    named = dict(fontsize=7, color="white", ha="center", va="center")      # as in c5, on the walls
+    for column in range(1, level.width - 1):
+        ax.text(column, 0, chr(97 + column), **named)
+    for row in range(1, level.height - 1):
+        ax.text(0, row, row + 1, **named)
     ax.set_axis_off()
 
 
@@ -156,11 +164,14 @@ def teacher(typed):
         ax.set_ylim(0, 1)
         ax.set_yticks([])
         axes[0, i].set_title(f"plays {t.messages[1 + 2 * i]['content']}", color=GREY, fontsize=10)
-        ax.set_xlabel(f"l = {l:+.2f}: SDL\n{'rewards' if l < 0 else 'punishes'} it", fontsize=9)
+        does = "leaves" if abs(l) < 0.05 else "rewards" if l < 0 else "punishes"
+        ax.set_xlabel(f"l = {l:+.2f}: SDL\n{does} it", fontsize=9)
+    axes[1, 0].set_ylabel("chance of a move", fontsize=9)
     handles, labels = axes[1, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncol=3, fontsize=9, frameon=False,
                labelcolor=GREY)
-    fig.suptitle(f"The teacher has read: {skill.golden_workflow}", color=GREY, fontsize=11)
+    fig.suptitle(f"The best of 8 episodes. Its teacher has read: {skill.golden_workflow}",
+                 color=GREY, fontsize=10)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(OUT / "teacher.svg", transparent=True)
 
