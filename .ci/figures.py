@@ -4,7 +4,7 @@
     python .ci/figures.py [--out runs] [--seed 10 --seeds 5]     needs matplotlib, as nothing else
 
 It writes .github/*.svg and prints the tables. Runs are read, and made where they are missing, but
-for those of .ci/variants.py: of them it compares what it finds, see CHOICES."""
+for those of TABLES, which compare what is there."""
 import sys
 from pathlib import Path
 
@@ -28,11 +28,18 @@ plt.rcParams |= {
     "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif", "axes.edgecolor": GREY,
     "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.spines.top": False, "axes.spines.right": False}
-CHOICES = {                      # of a task's skill: the variant, settings of both
-    "UCB": ("ucb", {}), "UCB, c = 0": ("ucb", dict(ucb_c=0.0)),
-    "UCB, c = 2": ("ucb", dict(ucb_c=2.0)), "random": ("random_pick", {}),
-    "newest": ("newest", {}), "UCB, failures": ("ucb,failures", {}),
-    "random, failures": ("random_pick,failures", {})}
+SCARCE = dict(preset="scarce")
+FEW = dict(preset="scarce", train_levels=64)
+TABLES = [                       # of finished runs: {name: (variant of .ci/variants.py, settings)}
+    {"UCB": ("ucb", FEW), "UCB, c = 0": ("ucb", FEW | dict(ucb_c=0.0)),
+     "UCB, c = 2": ("ucb", FEW | dict(ucb_c=2.0)), "random": ("random_pick", FEW),
+     "newest": ("newest", FEW), "UCB, failures": ("ucb,failures", FEW),
+     "random, failures": ("random_pick,failures", FEW)},
+    {"\u03bb 0.1": ("", SCARCE), "\u03bb 0.03": ("", SCARCE | dict(lam=0.03)),
+     "\u03bb 0.3": ("", SCARCE | dict(lam=0.3)), "\u03bb 1": ("", SCARCE | dict(lam=1.0)),
+     "\u03bb falling to 0": ("falling", SCARCE), "KL over all words": ("exact", SCARCE)},
+    {"borrowed": ("", SCARCE | dict(method="borrowed")),
+     "from the nearest": ("nearest", SCARCE | dict(method="borrowed"))}]
 ALL = ["base", *METHODS, "skill_grpo", "frozen", "off_policy_frozen", "off_policy"]
 
 
@@ -74,23 +81,29 @@ def tables(runs):
             print(f"{a} - {b}: sampled {end}, area {area}")
 
 
-def choices(typed):
-    """Of runs of preset `scarce` with 64 training levels: accuracy at the end, and area."""
+def compare(table, typed):
+    """Accuracy at the end, and area, over the seeds of which all runs of a table are there."""
     found, out = {}, typed.get("out", "runs")
-    typed = typed | dict(preset="scarce", train_levels=64)
-    for name, (variant, settings) in CHOICES.items():
-        settings = settings | dict(out=f"{out}/variants/{variant}")
-        cfgs = skill_sd.plan(**typed | settings)["skill_sd"]
-        if all((skill_sd.run_folder(cfg) / "result.json").exists() for cfg in cfgs):
-            results = [skill_sd.train(cfg) for cfg in cfgs]
-            found[name] = 100 * np.array([[np.equal(run["sampled"], 1).mean(), np.mean(
-                [y for _, y in run["curve"]])] for run in results])
-    if "UCB" not in found:
+    for name, (variant, settings) in table.items():
+        where = dict(out=f"{out}/variants/{variant}" if variant else out)
+        plans = skill_sd.plan(**typed | settings | where)
+        found[name] = {}
+        for cfg in plans[settings.get("method", "skill_sd")]:
+            path = skill_sd.run_folder(cfg) / "result.json"
+            if path.exists():
+                run = skill_sd.load(path)
+                area = np.mean([y for _, y in run["curve"]])
+                found[name][cfg.seed] = 100 * np.array([np.equal(run["sampled"], 1).mean(), area])
+    seeds = set.intersection(*map(set, found.values()))
+    if len(seeds) < 2:
         return
-    print("\n|choice|sampled|area|less UCB's: sampled|area|\n|---|" + "---|" * 4)
-    for name, values in found.items():
-        less = [""] * 2 if name == "UCB" else interval(values - found["UCB"])
-        print("|".join(["", name, *interval(values), *less, ""]))
+    first, *_ = found
+    print(f"\n|{len(seeds)} seeds|sampled|area|less {first}: sampled|area|\n|---|" + "---|" * 4)
+    values = {name: np.array([of_seed[seed] for seed in sorted(seeds)])
+              for name, of_seed in found.items()}
+    for name in values:
+        less = [""] * 2 if name == first else interval(values[name] - values[first])
+        print("|".join(["", name, *interval(values[name]), *less, ""]))
 
 
 def curves(runs):
@@ -183,7 +196,8 @@ def main():
     curves(runs)
     teacher(typed)
     tables(runs)
-    choices(typed)
+    for table in TABLES:
+        compare(table, typed)
 
 
 if __name__ == "__main__":
