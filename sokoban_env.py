@@ -31,7 +31,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
@@ -490,13 +490,14 @@ def parse_action(text):
     The last <answer>...</answer> decides, or a tag that was not closed with its first line: by its
     first move if it holds nothing but moves, else by its last. Without a tag, the last of the four
     direction words decides. In any case."""
-    text = re.sub(r"(<answer>\s*(?:up|down|left|right))\s*(?:<answer>|/answer>)", r"\1</answer>",
-                  text.lower())                # a closing tag may have a slip
+    text = text.lower()
     closed = [part.partition("<answer>") for part in text.split("</answer>")[:-1]]
     tagged = [inside for _, opened, inside in closed if opened]
     if not tagged and "<answer>" in text:
-        unclosed = text.strip().removesuffix("<answer>").rpartition("<answer>")[2]
-        tagged = [re.split(r"[\n<\[]", unclosed.strip())[0]]   # another slip
+        unclosed = text.strip().removesuffix("<answer>").split("<answer>")
+        firsts = [re.split(r"[\n<\[]|/answer>", part.strip())[0] for part in unclosed]
+        # A closing tag may have a slip, so that a second opening one ends a move.
+        tagged = [first for first in firsts[1:] if first.strip() in MOVES][-1:] or firsts[-1:]
     said = tagged[-1] if tagged else text
     words = re.findall(r"(?<![a-z])(up|down|left|right)(?![a-z])", said)
     filler = ("up|down|left|right|then|and|push|move|go|first|next|step|the|box|to|it|once|twice|"
@@ -605,10 +606,18 @@ def load_world(cfg, least_heldout=1):
     else:
         module = called(f"env={cfg.env!r}:", importlib.import_module, cfg.env)
     need(module, "make_world", "the module")
-    world = called(f"env={cfg.env!r}: make_world:", module.make_world, cfg)
-    need(world, "train heldout make_env", "what make_world returns")
+    made = called(f"env={cfg.env!r}: make_world:", module.make_world, cfg)
+    need(made, "train heldout make_env", "what make_world returns")
+
+    def make_env(x):
+        return called(f"env={cfg.env!r}: make_env({x!r}):", made.make_env, x)
+
+    def analyse(messages):
+        return called(f"env={cfg.env!r}: analyse:", made.analyse, messages)
+    world = SimpleNamespace(train=made.train, heldout=made.heldout, make_env=make_env,
+                            analyse=analyse, levels=getattr(made, "levels", []))
     rules = cfg.summarizer == "rules" and cfg.skill_reader != "nobody"
-    require(not rules or hasattr(world, "analyse"), f"env={cfg.env!r}: the world has no `analyse` "
+    require(not rules or hasattr(made, "analyse"), f"env={cfg.env!r}: the world has no `analyse` "
             "for summarizer='rules': write one, or give --summarizer self")
     for name, least in ("train", cfg.tasks_per_iteration), ("heldout", least_heldout):
         ids = getattr(world, name)
@@ -620,7 +629,7 @@ def load_world(cfg, least_heldout=1):
     prefills = set()
     for x in world.train[0], world.heldout[0]:
         told = f"env={cfg.env!r}: make_env({x!r})"
-        env, twin = (called(f"{told}:", world.make_env, x) for _ in range(2))
+        env, twin = world.make_env(x), world.make_env(x)
         need(env, "task_id system_prompt reset step completion close", "what make_env returns")
         require(env.task_id == x, f"{told}.task_id is {env.task_id!r}: must be that of the task")
         require(env is not twin, f"{told} returned one object twice: must be a new one each time")
@@ -640,20 +649,14 @@ def load_world(cfg, least_heldout=1):
         ask(env, "close")
         ask(twin, "close")
         if rules:
-            skill = called(f"env={cfg.env!r}: analyse:", world.analyse, [
+            skill = world.analyse([
                 {"role": "user", "content": text}, {"role": "assistant", "content": ""},
                 {"role": "user", "content": observation}])
             require(isinstance(skill, dict) and all(
                 isinstance(skill.get(name), str) for name in SILENT),
                 f"env={cfg.env!r}: analyse returned {skill!r:.99}: must be a dict of the str "
                 f"{', '.join(SILENT)}")
-
-    def make_env(x):
-        return called(f"env={cfg.env!r}: make_env({x!r}):", world.make_env, x)
-    return SimpleNamespace(
-        train=world.train, heldout=world.heldout, levels=getattr(world, "levels", []),
-        make_env=make_env, analyse=partial(
-            called, f"env={cfg.env!r}: analyse:", getattr(world, "analyse", None)))
+    return world
 
 
 def called(place, call, *given):
@@ -688,7 +691,7 @@ def ask(env, name, *given, turn=0):
 
 
 def not_lost(episodes, max_context):
-    """The episodes that have a reward; UserError if none has."""
+    """The episodes that have a reward; UserError if none has. Warns if most were cut short."""
     batch = [t for t in episodes if not math.isnan(t.reward)]
     require(batch, f"process {os.environ.get('RANK', 0)} lost every episode, the first with "
             f"{episodes[0].counts}; its prompt has {len(episodes[0].prompt)} tokens, "

@@ -1159,6 +1159,7 @@ def test_environment_reads_tolerantly_counts_and_ends():
             ("<answer>up</answer> or <ANSWER>\nright</ANSWER>", 3), ("<answer>up then left", 0),
             ("<answer>not up but left</answer>", 2), ("<answer>up<answer>", 0),
             ("<answer>left<answer> of the right", 2), ("<answer>left/answer> not right", 2),
+            ("<answer>up <answer>left", 2), ("<answer>up<answer>left</answer>", 2),
             ("so <answer>up\nnot left", 0), ("<answer>1. up, 2. left</answer>", 0),
             ("<answer>left</anwser> since it is on the right", 2), ("upwards uplift", None),
             ("<answer>right (push the box to e4), down</answer>", 3)):
