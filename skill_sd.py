@@ -764,7 +764,7 @@ def parse_skill(text):
     # The last string ends before another key or the object's end, not at a quote within it.
     strings += r'(?=\s*,\s*"\w+"\s*:|[\s,]*(?:[}`][^"]*)?$)'
     pieces = []
-    for part in spoken(text), text:          # what follows the thinking, else everything
+    for part in spoken(text), text:            # what follows the thinking, else everything
         starts = [brace.start() for brace in re.finditer(r"\{", part)]
         pieces += [part[start:] for start in reversed(starts[-100:])]
         for found in re.finditer(strings, part):
@@ -1137,7 +1137,7 @@ def look_inside(cfg):
         skill = Skill(**bank[task][-1]["skill"]) if bank else Skill("", "", "")
         envs = [world.make_env(task) for _ in range(8)]
         played = rollout(state.student, state.tokenizer, envs, cfg, [skill] * 8, state.generator)
-        t = min(played, key=lambda t: (-t.reward, t.turns))
+        t = max(played, key=lambda t: (t.reward, -t.turns))
         trained = AutoModelForCausalLM.from_pretrained(folder / "student")
         return t, skill, sokoban_env.views(t, state.student, trained, state.tokenizer)
 

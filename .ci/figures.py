@@ -29,7 +29,7 @@ plt.rcParams |= {
     "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.spines.top": False, "axes.spines.right": False}
 SCARCE = dict(preset="scarce")
-FEW = dict(preset="scarce", train_levels=64)
+FEW = SCARCE | dict(train_levels=64)
 TABLES = [                       # of finished runs: {name: (variant of .ci/variants.py, settings)}
     {"UCB": ("ucb", FEW), "UCB, c = 0": ("ucb", FEW | dict(ucb_c=0.0)),
      "UCB, c = 2": ("ucb", FEW | dict(ucb_c=2.0)), "random": ("random_pick", FEW),
@@ -51,6 +51,12 @@ def finished(typed, preset, names):
     return results, cfg.tasks_per_iteration * cfg.group_size
 
 
+def measured(run):
+    """(3,) percent: sampled and greedy accuracy at the end, area under the curve."""
+    return 100 * np.array([np.equal(run["sampled"], 1).mean(), np.equal(run["greedy"], 1).mean(),
+                           np.mean([y for _, y in run["curve"]])])
+
+
 def half_width(values):
     """Half of the 95 % interval (Student's t) of the means over the first axis, the seeds."""
     quantile = skill_sd.QUANTILES[len(values) - 1]
@@ -64,11 +70,8 @@ def interval(values):
 
 def tables(runs):
     for preset, (results, _) in runs.items():
-        found = {}                             # (seeds, 3) percent: accuracies at the end, area
-        for name, of_method in results.items():
-            found[name] = 100 * np.array([
-                [np.equal(run["sampled"], 1).mean(), np.equal(run["greedy"], 1).mean(),
-                 np.mean([y for _, y in run["curve"]])] for run in of_method])
+        found = {name: np.array([measured(run) for run in of_method])        # (seeds, 3)
+                 for name, of_method in results.items()}
         print(f"\n{preset}\n|method|sampled|greedy|area|gain over grpo: sampled|area|\n|---|" +
               "---|" * 5)
         for name, values in found.items():
@@ -83,27 +86,20 @@ def tables(runs):
 
 def compare(table, typed):
     """Accuracy at the end, and area, over the seeds of which all runs of a table are there."""
-    found, out = {}, typed.get("out", "runs")
-    for name, (variant, settings) in table.items():
+    paths, out = [], typed.get("out", "runs")                  # of each row, by seed
+    for variant, settings in table.values():
         where = dict(out=f"{out}/variants/{variant}" if variant else out)
-        plans = skill_sd.plan(**typed | settings | where)
-        found[name] = {}
-        for cfg in plans[settings.get("method", "skill_sd")]:
-            path = skill_sd.run_folder(cfg) / "result.json"
-            if path.exists():
-                run = skill_sd.load(path)
-                area = np.mean([y for _, y in run["curve"]])
-                found[name][cfg.seed] = 100 * np.array([np.equal(run["sampled"], 1).mean(), area])
-    seeds = set.intersection(*map(set, found.values()))
+        cfgs = skill_sd.plan(**typed | settings | where)[settings.get("method", "skill_sd")]
+        paths.append([skill_sd.run_folder(cfg) / "result.json" for cfg in cfgs])
+    seeds = [each for each in zip(*paths) if all(path.exists() for path in each)]
     if len(seeds) < 2:
         return
-    first, *_ = found
+    values = np.array([[measured(skill_sd.load(path))[[0, 2]] for path in each] for each in seeds])
+    first, *_ = table
     print(f"\n|{len(seeds)} seeds|sampled|area|less {first}: sampled|area|\n|---|" + "---|" * 4)
-    values = {name: np.array([of_seed[seed] for seed in sorted(seeds)])
-              for name, of_seed in found.items()}
-    for name in values:
-        less = [""] * 2 if name == first else interval(values[name] - values[first])
-        print("|".join(["", name, *interval(values[name]), *less, ""]))
+    for i, name in enumerate(table):                           # values: (seeds, rows, 2)
+        less = interval(values[:, i] - values[:, 0]) if i else [""] * 2
+        print("|".join(["", name, *interval(values[:, i]), *less, ""]))
 
 
 def curves(runs):

@@ -3,7 +3,7 @@
 
     python skill_sd.py --env .ci/words.py --model NAME_OR_DIR --max-new-tokens 1 ...
 
-A world on top of sokoban_env.py: one box, no map, and what blocks the way is only told afterwards."""
+A world on top of sokoban_env.py: one box, no map, and what blocks the way is told afterwards."""
 import sokoban_env
 from sokoban_env import BLOCKED, MOVES, cells_of, parse_action
 

@@ -40,13 +40,13 @@ def main():
                         skills, state.generator.manual_seed(seed))
                     solved = np.reshape([t.reward == 1 for t in played], (-1, GAMES))
                     found.append(solved.mean(1))
-                rows.append((x, np.array(found)))              # (3, skills)
+                rows.append(np.array(found))                   # (3, skills)
     skill_sd.require(rows, "no task has several tried skills: more iterations, or fewer levels")
-    less_means = np.hstack([found - found.mean(1, keepdims=True) for _, found in rows])
+    less_means = np.hstack([found - found.mean(1, keepdims=True) for found in rows])
     r = np.corrcoef(less_means)
     print(f"{len(rows)} tasks with {less_means.shape[1]} skills; best less worst of a task: credit "
-          f"{np.mean([np.ptp(found[0]) for _, found in rows]):.2f}, worth "
-          f"{np.mean([np.ptp(found[1:].mean(0)) for _, found in rows]):.2f}; correlation of worth "
+          f"{np.mean([np.ptp(found[0]) for found in rows]):.2f}, worth "
+          f"{np.mean([np.ptp(found[1:].mean(0)) for found in rows]):.2f}; correlation of worth "
           f"with credit {(r[0, 1] + r[0, 2]) / 2:.2f}, with worth again {r[1, 2]:.2f}")
 
 
